@@ -1,0 +1,71 @@
+"""The shape of a model as its cache sees it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvsmith.errors import explain
+
+
+@dataclass(frozen=True)
+class LayerGeometry:
+    """One attention layer.
+
+    Attributes:
+        kv_heads: key/value heads, H.
+        query_heads: query heads, H * G.
+        k_dim, v_dim: channels of one key head and of one value head, D.
+        window: tokens a query can see back, itself included; None without a sliding window.
+    """
+
+    kv_heads: int
+    query_heads: int
+    k_dim: int
+    v_dim: int
+    window: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("kv_heads", "query_heads", "k_dim", "v_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(explain(f"layer.{name}", "value", "positive", getattr(self, name)))
+        if self.query_heads % self.kv_heads:
+            raise ValueError(
+                explain("layer.query_heads", "value", f"a multiple of kv_heads = {self.kv_heads}", self.query_heads)
+            )
+
+    @property
+    def elements(self) -> int:
+        """Key and value elements of one token."""
+        return self.kv_heads * (self.k_dim + self.v_dim)
+
+
+@dataclass(frozen=True)
+class ModelGeometry:
+    """All layers, in order.
+
+    Attributes:
+        layers: one entry a layer.
+        owner: for each layer the layer whose tokens it reads; itself where it owns its tokens.
+    """
+
+    layers: tuple[LayerGeometry, ...]
+    owner: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.layers:
+            raise ValueError(explain("geometry.layers", "layer list", "non-empty", "nothing"))
+        if not self.owner:
+            object.__setattr__(self, "owner", tuple(range(len(self.layers))))
+        for layer, owner in enumerate(self.owner):
+            if not 0 <= owner <= layer or self.owner[owner] != owner:
+                raise ValueError(explain(f"geometry.owner[{layer}]", "owner", "an earlier owning layer", owner))
+
+    @property
+    def owners(self) -> tuple[int, ...]:
+        """Indices of the layers that store tokens."""
+        return tuple(i for i, o in enumerate(self.owner) if i == o)
+
+    @property
+    def elements(self) -> int:
+        """Key and value elements of one token over all owning layers."""
+        return sum(self.layers[i].elements for i in self.owners)

@@ -1,0 +1,238 @@
+"""What a cache is: frozen dataclasses that YAML, manifests and the runtime share.
+
+A codec stores `x ~ Q(fill(x)) + S`: `Q` a quantizer (uniform or non-uniform, NUQ), `S` a sparse correction at outlier
+positions. `layout.py` says which tensors each part owns and how many bytes they take.
+
+Every quantizer works on values normalised to [-1, 1] by `(x - zero) / scale`. The range (scale, zero) belongs to a
+channel or to a token; it is either calibrated once and kept in the bundle, or computed online from the data.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from kvsmith.errors import explain
+from kvsmith.strict import from_dict
+
+Axis = Literal["channel", "token"]
+Range = Literal["calibrated", "online"]
+StoreDtype = Literal["float16", "bfloat16", "float32"]
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Tokens stay as they are, in the model's dtype."""
+
+    kind: Literal["identity"] = "identity"
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """Equally spaced levels; asymmetric, since zero is free.
+
+    Attributes:
+        bits: code width, 1 to 8.
+        axis: "channel" shares a range among tokens of one channel, "token" among channels of one token.
+        group_size: axis "token": channels of one head per range, None for the whole token (all heads);
+            axis "channel": tokens per range, None only for calibrated ranges.
+        range: "calibrated" (axis "channel" alone) or "online".
+    """
+
+    kind: Literal["uniform"] = "uniform"
+    bits: int = 4
+    axis: Axis = "token"
+    group_size: int | None = None
+    range: Range = "online"
+
+    def __post_init__(self) -> None:
+        _check_quantizer(self)
+
+
+@dataclass(frozen=True)
+class NUQ:
+    """Non-uniform levels: a codebook of 2^bits values. Source: KVQuant s3.3, arXiv:2401.18079v6.
+
+    Attributes:
+        bits, axis, group_size, range: as in `Uniform`.
+        table: "fitted" to the calibration data (owned by the bundle) or "nf", the quantiles of a normal law.
+        q_norm: decode with a codebook shifted and scaled to keep mean and deviation of the fitted values
+            (KVQuant v1, Q-Norm).
+    """
+
+    kind: Literal["nuq"] = "nuq"
+    bits: int = 4
+    axis: Axis = "token"
+    group_size: int | None = None
+    range: Range = "online"
+    table: Literal["fitted", "nf"] = "fitted"
+    q_norm: bool = False
+
+    def __post_init__(self) -> None:
+        _check_quantizer(self)
+        if self.q_norm and self.table != "fitted":
+            raise ValueError(explain("quantizer.q_norm", "value", "false with table = nf", self.q_norm))
+
+
+@dataclass(frozen=True)
+class StaticThreshold:
+    """Outliers of a calibrated channel range: elements outside it, at most N a token, the farthest first.
+
+    Attributes:
+        fraction: share of elements in [0, 0.5); the calibrated range leaves it out, half at either end, and
+            N = round(fraction * KV width) slots are stored a token.
+    """
+
+    kind: Literal["static_threshold"] = "static_threshold"
+    fraction: float = 0.01
+
+    def __post_init__(self) -> None:
+        _check_fraction(self.fraction)
+
+
+@dataclass(frozen=True)
+class TopK:
+    """Outliers of a token, found online: N = round(fraction * KV width), half the largest, half the smallest.
+
+    They are left out of the token's range; an odd slot goes to the end that lies farther from the median.
+
+    Attributes:
+        fraction: share of elements in [0, 0.5).
+    """
+
+    kind: Literal["top_k"] = "top_k"
+    fraction: float = 0.01
+
+    def __post_init__(self) -> None:
+        _check_fraction(self.fraction)
+
+
+@dataclass(frozen=True)
+class TensorCodec:
+    """How keys, or values, are stored.
+
+    Attributes:
+        quantizer: the dense part Q.
+        outliers: the sparse part S, None for nothing.
+    """
+
+    quantizer: Identity | Uniform | NUQ
+    outliers: StaticThreshold | TopK | None = None
+
+    def __post_init__(self) -> None:
+        q, o = self.quantizer, self.outliers
+        calibrated = not isinstance(q, Identity) and q.range == "calibrated"
+        if isinstance(o, StaticThreshold) and not calibrated:
+            raise ValueError(
+                explain("outliers.kind", "static_threshold", "paired with a quantizer of range calibrated", q.kind)
+            )
+        if isinstance(o, TopK) and (isinstance(q, Identity) or q.axis != "token" or q.group_size is not None):
+            raise ValueError(
+                explain(
+                    "outliers.kind",
+                    "top_k",
+                    "paired with a quantizer of axis token and no group_size",
+                    q.kind,
+                    "Use static_threshold with calibrated ranges.",
+                )
+            )
+
+    @property
+    def fraction(self) -> float:
+        """Share of elements that are outliers, 0 without an outlier part."""
+        return self.outliers.fraction if self.outliers else 0.0
+
+
+@dataclass(frozen=True)
+class CodecSpec:
+    """How the tokens of a layer are stored.
+
+    Attributes:
+        k: codec of the keys.
+        v: codec of the values.
+        key_domain: "pre" stores keys before RoPE, "post" after it.
+        store_dtype: dtype of online ranges and of outlier corrections.
+        sinks: first tokens of a sequence that stay dense.
+        recent: newest tokens that are always dense.
+        block_size: tokens that are encoded at once; up to `recent + block_size - 1` newest tokens are dense.
+    """
+
+    k: TensorCodec
+    v: TensorCodec
+    key_domain: Literal["pre", "post"] = "pre"
+    store_dtype: StoreDtype = "float16"
+    sinks: int = 4
+    recent: int = 16
+    block_size: int = 16
+
+    def __post_init__(self) -> None:
+        for name, least in (("sinks", 0), ("recent", 0), ("block_size", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(explain(f"codec.{name}", "token count", f"at least {least}", getattr(self, name)))
+        for name in ("k", "v"):
+            q = getattr(self, name).quantizer
+            if isinstance(q, Identity) or q.axis == "token" or q.group_size is None:
+                continue
+            if self.block_size % q.group_size:
+                raise ValueError(
+                    explain(
+                        f"codec.{name}.quantizer.group_size",
+                        "tokens per group",
+                        f"a divisor of block_size = {self.block_size}",
+                        q.group_size,
+                    )
+                )
+
+
+@dataclass(frozen=True)
+class KeepAll:
+    """No eviction: every token stays."""
+
+    kind: Literal["keep_all"] = "keep_all"
+
+
+@dataclass(frozen=True)
+class CacheSpec:
+    """The only description of a cache.
+
+    Attributes:
+        codec: how a token is stored.
+        eviction: which tokens stay.
+        page_size: tokens by which memory grows; a multiple of codec.block_size.
+    """
+
+    codec: CodecSpec
+    eviction: KeepAll = field(default_factory=KeepAll)
+    page_size: int = 128
+
+    def __post_init__(self) -> None:
+        if self.page_size < 1 or self.page_size % self.codec.block_size:
+            raise ValueError(
+                explain("cache.page_size", "value", f"a multiple of block_size = {self.codec.block_size}", self.page_size)
+            )
+
+    @staticmethod
+    def parse(data: object, where: str = "cache") -> CacheSpec:
+        """Read a spec from plain data; see `strict.from_dict` for the errors."""
+        return from_dict(CacheSpec, data, where)
+
+
+def _check_quantizer(q: Uniform | NUQ) -> None:
+    where = f"quantizer({q.kind})"
+    if not 1 <= q.bits <= 8:
+        raise ValueError(explain(f"{where}.bits", "value", "between 1 and 8", q.bits))
+    if q.group_size is not None and q.group_size < 1:
+        raise ValueError(explain(f"{where}.group_size", "value", "positive or null", q.group_size))
+    if q.range == "calibrated" and (q.axis != "channel" or q.group_size is not None):
+        raise ValueError(
+            explain(where, "range calibrated", "used with axis channel and no group_size", f"{q.axis}, {q.group_size}")
+        )
+    if q.range == "online" and q.axis == "channel" and q.group_size is None:
+        raise ValueError(
+            explain(where, "group_size", "given for online channel ranges", "null", "Set tokens per group, e.g. 32.")
+        )
+
+
+def _check_fraction(fraction: float) -> None:
+    if not 0.0 <= fraction < 0.5:
+        raise ValueError(explain("outliers.fraction", "share of elements", "in [0, 0.5)", fraction))
