@@ -1,0 +1,36 @@
+"""One function over all sources of text: `load_documents(cfg, split)`.
+
+A source is a frozen dataclass with its own `kind` and a generator of pieces; a new one adds a file beside this, a member
+of `DataConfig`, a branch below and a YAML file in `conf/data/`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import get_args
+
+from kvsmith.errors import explain
+from kvsmith.pipeline.data.pydocs import PydocsData, pydocs_documents
+from kvsmith.pipeline.data.split import Split
+from kvsmith.pipeline.data.textfile import TextfileData, textfile_documents
+
+DataConfig = PydocsData | TextfileData
+
+
+def load_documents(cfg: DataConfig, split: Split) -> Iterator[str]:
+    """Stream the documents of one split in a fixed order.
+
+    Args:
+        cfg: which source.
+        split: train, calibration or heldout; disjoint by content.
+
+    Yields:
+        Non-empty texts of bounded length; long documents arrive in pieces.
+
+    Raises:
+        FileNotFoundError, ValueError: the source is missing or broken, or the split is unknown.
+    """
+    if split not in get_args(Split):
+        raise ValueError(explain("split", "value", f"one of {', '.join(get_args(Split))}", repr(split)))
+    documents = pydocs_documents(split) if isinstance(cfg, PydocsData) else textfile_documents(cfg, split)
+    yield from (text for text in documents if text.strip())
