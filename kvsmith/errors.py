@@ -1,4 +1,4 @@
-"""The one error sentence of the project: `{where}: {what} must be {expected}, got {actual}. {remedy}`.
+"""The one error sentence: `{where}: {what} must be {expected}, got {actual}. {remedy}`.
 
 Users meet ValueError, TypeError, FileNotFoundError; our own invariants are plain asserts.
 """

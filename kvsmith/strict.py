@@ -1,17 +1,18 @@
-"""Plain data <-> frozen dataclasses, strictly: unknown keys, wrong types and missing fields are errors with a path.
+"""Plain data <-> frozen dataclasses, strictly: wrong keys, types and gaps are errors with a path.
 
-One reader serves YAML configuration, bundle manifests and keyword arguments. Tagged unions are written
-`{"kind": "nuq", ...}`: each member dataclass carries `kind: Literal["nuq"] = "nuq"` as its first field.
+One reader serves YAML configuration, bundle manifests and keyword arguments. Tagged unions are
+written `{"kind": "nuq", ...}`: each member dataclass carries `kind: Literal["nuq"] = "nuq"` as its
+first field.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import sys
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from typing import Any, Literal, TypeVar, Union
 
 from kvsmith.errors import explain
@@ -23,8 +24,8 @@ def from_dict(cls: type[T], data: object, where: str) -> T:
     """Build the dataclass `cls` from plain data.
 
     Args:
-        cls: a dataclass; its field types may be int, float, bool, str, None, Literal, other dataclasses,
-            tuples, `dict[str, X]`, optionals and tagged unions of dataclasses.
+        cls: a dataclass; its field types may be int, float, bool, str, None, Literal, other
+            dataclasses, tuples, `dict[str, X]`, optionals and tagged unions of dataclasses.
         data: a mapping from field names to plain data.
         where: dotted path that error messages begin with.
 
@@ -37,11 +38,15 @@ def from_dict(cls: type[T], data: object, where: str) -> T:
     """
     if not isinstance(data, Mapping):
         raise TypeError(explain(where, cls.__name__, "a mapping", type(data).__name__))
-    hints = _hints(cls)
+    hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(typing.cast(Any, cls)) if f.init}
     for key in data:
         if key not in fields:
-            raise ValueError(explain(where, "key", f"one of {', '.join(fields)}", repr(key), _near(str(key), fields)))
+            raise ValueError(
+                explain(
+                    where, "key", f"one of {', '.join(fields)}", repr(key), _near(str(key), fields)
+                )
+            )
     values = {}
     for name, field in fields.items():
         if name in data:
@@ -61,17 +66,14 @@ def to_dict(value: object) -> Any:
         dict, list, int, float, bool, str or None.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: to_dict(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
+        return {
+            f.name: to_dict(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init
+        }
     if isinstance(value, Mapping):
         return {str(k): to_dict(v) for k, v in value.items()}
     if isinstance(value, (tuple, list)):
         return [to_dict(v) for v in value]
     return value
-
-
-@lru_cache(maxsize=None)
-def _hints(cls: type) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
 
 
 def _near(key: str, names: Mapping[str, Any] | Sequence[str]) -> str:
@@ -87,16 +89,21 @@ def _read(hint: Any, value: object, where: str) -> Any:
         allowed = typing.get_args(hint)
         if not any(value == a and type(value) is type(a) for a in allowed):
             names = [str(a) for a in allowed]
-            raise ValueError(explain(where, "value", f"one of {', '.join(names)}", repr(value), _near(str(value), names)))
+            near = _near(str(value), names)
+            raise ValueError(
+                explain(where, "value", f"one of {', '.join(names)}", repr(value), near)
+            )
         return value
     if origin is tuple:
         return _read_tuple(typing.get_args(hint), value, where)
     if origin is dict:
         if not isinstance(value, Mapping):
             raise TypeError(explain(where, "value", "a mapping", type(value).__name__))
-        return {str(k): _read(typing.get_args(hint)[1], v, f"{where}.{k}") for k, v in value.items()}
+        return {
+            str(k): _read(typing.get_args(hint)[1], v, f"{where}.{k}") for k, v in value.items()
+        }
     if dataclasses.is_dataclass(hint):
-        return from_dict(typing.cast(type, hint), value, where)
+        return from_dict(typing.cast(type[Any], hint), value, where)
     return _read_scalar(hint, value, where)
 
 
@@ -104,17 +111,24 @@ def _read_union(members: tuple[Any, ...], value: object, where: str) -> Any:
     if value is None and type(None) in members:
         return None
     members = tuple(m for m in members if m is not type(None))
-    tagged = {_hints(m)["kind"].__args__[0]: m for m in members if dataclasses.is_dataclass(m) and "kind" in _hints(m)}
+    tagged: dict[str, Any] = {
+        typing.get_type_hints(m)["kind"].__args__[0]: m
+        for m in members
+        if dataclasses.is_dataclass(m) and "kind" in typing.get_type_hints(m)
+    }
     if len(members) == 1:
         return _read(members[0], value, where)
     if not tagged:
         return _read_scalar(members, value, where)
     if not isinstance(value, Mapping) or "kind" not in value:
-        raise TypeError(explain(where, "value", f"a mapping with kind = {', '.join(tagged)}", repr(value)))
-    if value["kind"] not in tagged:
-        kind = value["kind"]
-        raise ValueError(explain(f"{where}.kind", "value", f"one of {', '.join(tagged)}", repr(kind), _near(str(kind), tagged)))
-    return from_dict(tagged[value["kind"]], value, where)
+        raise TypeError(
+            explain(where, "value", f"a mapping with kind = {', '.join(tagged)}", repr(value))
+        )
+    kind = value["kind"]
+    if not isinstance(kind, str) or kind not in tagged:
+        names, near = ", ".join(tagged), _near(str(kind), tagged)
+        raise ValueError(explain(f"{where}.kind", "value", f"one of {names}", repr(kind), near))
+    return from_dict(tagged[kind], value, where)
 
 
 def _read_tuple(args: tuple[Any, ...], value: object, where: str) -> tuple[Any, ...]:
@@ -124,7 +138,9 @@ def _read_tuple(args: tuple[Any, ...], value: object, where: str) -> tuple[Any, 
         return tuple(_read(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
     if len(args) != len(value):
         raise ValueError(explain(where, "length", str(len(args)), len(value)))
-    return tuple(_read(a, v, f"{where}[{i}]") for i, (a, v) in enumerate(zip(args, value, strict=True)))
+    return tuple(
+        _read(a, v, f"{where}[{i}]") for i, (a, v) in enumerate(zip(args, value, strict=True))
+    )
 
 
 def _read_scalar(hint: Any, value: object, where: str) -> Any:
@@ -133,7 +149,9 @@ def _read_scalar(hint: Any, value: object, where: str) -> Any:
         return value
     if type(value) in allowed:
         return value
-    if float in allowed and type(value) is int:
+    if float in allowed and type(value) is int and abs(value) <= sys.float_info.max:
         return float(value)
     names = " or ".join(getattr(a, "__name__", str(a)) for a in allowed)
-    raise TypeError(explain(where, "value", f"of type {names}", f"{value!r} ({type(value).__name__})"))
+    raise TypeError(
+        explain(where, "value", f"of type {names}", f"{value!r} ({type(value).__name__})")
+    )

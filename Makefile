@@ -1,0 +1,41 @@
+# Needs Python >= 3.11 with pip, and make; everything else lands in .venv.
+# Without a GPU, `PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make setup` downloads far less.
+PYTHON ?= python3
+PY := .venv/bin/python
+PIP := $(PY) -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
+STAMP := .venv/setup.stamp
+
+.PHONY: setup demo test check bench lint
+.DEFAULT_GOAL := setup
+
+setup: $(STAMP)
+
+# torch goes first, so that the pinned build is there before anything that depends on torch.
+# Some distributions ship pip but not ensurepip: then the pip outside fills the environment.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = "%d.%d" % sys.version_info[:2]; sys.version_info >= (3, 11) or sys.exit("PYTHON: version must be at least 3.11, got " + v + ". Run make PYTHON=python3.11.")'
+	test -x $(PY) && $(PY) -m pip --version || $(PYTHON) -m venv --clear .venv || \
+		{ $(PYTHON) -m venv --clear --without-pip .venv && $(PYTHON) -m pip --python $(PY) install pip; }
+	$(PIP) torch setuptools
+	$(PIP) --no-build-isolation --use-pep517 -e '.[factory,report,dev]'
+	@touch $@
+
+demo: setup
+	$(PY) -m kvsmith.pipeline.demo
+
+lint: setup
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy -p kvsmith
+
+test: setup
+	@start=$$(date +%s); $(MAKE) --no-print-directory lint && \
+		$(PYTEST) -m "not gpu and not network"; code=$$?; \
+		echo "make test: $$(( $$(date +%s) - start )) s in all"; exit $$code
+
+check: lint
+	$(PYTEST) -m "not slow and not gpu and not network"
+
+bench: setup
+	$(PY) -m kvsmith.kernels.bench
