@@ -30,7 +30,12 @@ class LayerGeometry:
                 raise ValueError(explain(f"layer.{name}", "value", "positive", getattr(self, name)))
         if self.query_heads % self.kv_heads:
             raise ValueError(
-                explain("layer.query_heads", "value", f"a multiple of kv_heads = {self.kv_heads}", self.query_heads)
+                explain(
+                    "layer.query_heads",
+                    "value",
+                    f"a multiple of kv_heads = {self.kv_heads}",
+                    self.query_heads,
+                )
             )
 
     @property
@@ -58,7 +63,9 @@ class ModelGeometry:
             object.__setattr__(self, "owner", tuple(range(len(self.layers))))
         for layer, owner in enumerate(self.owner):
             if not 0 <= owner <= layer or self.owner[owner] != owner:
-                raise ValueError(explain(f"geometry.owner[{layer}]", "owner", "an earlier owning layer", owner))
+                raise ValueError(
+                    explain(f"geometry.owner[{layer}]", "owner", "an earlier owning layer", owner)
+                )
 
     @property
     def owners(self) -> tuple[int, ...]:

@@ -61,9 +61,13 @@ def parameter_tensors(codec: TensorCodec, heads: int, dim: int) -> dict[str, Ten
     tensors = {}
     if q.kind == "nuq" and q.table == "fitted":
         tensors["lut"] = TensorInfo((2**q.bits,), torch.float32, "normalised value of a code")
-        tensors["edges"] = TensorInfo((2**q.bits - 1,), torch.float32, "normalised boundary between codes")
+        tensors["edges"] = TensorInfo(
+            (2**q.bits - 1,), torch.float32, "normalised boundary between codes"
+        )
     if q.range == "calibrated":
-        tensors["scale"] = TensorInfo((heads, dim), torch.float32, "half width of the channel's range")
+        tensors["scale"] = TensorInfo(
+            (heads, dim), torch.float32, "half width of the channel's range"
+        )
         tensors["zero"] = TensorInfo((heads, dim), torch.float32, "centre of the channel's range")
     return tensors
 
@@ -88,7 +92,9 @@ def page_tensors(
     q = codec.quantizer
     if isinstance(q, Identity):
         return {"dense": TensorInfo((heads, tokens, dim), dense, "cached element")}
-    tensors = {"codes": TensorInfo((heads, tokens, packed_bytes(dim, q.bits)), torch.uint8, "packed codes")}
+    tensors = {
+        "codes": TensorInfo((heads, tokens, packed_bytes(dim, q.bits)), torch.uint8, "packed codes")
+    }
     if q.range == "online":
         shape = _range_shape(q.axis, q.group_size, heads, tokens, dim)
         tensors["scale"] = TensorInfo(shape, store, "half width of the range")
@@ -96,11 +102,15 @@ def page_tensors(
     if slots := outlier_slots(codec, heads, dim):
         index = torch.uint8 if heads * dim <= 256 else torch.int16
         tensors["index"] = TensorInfo((tokens, slots), index, "head * D + channel, unsigned")
-        tensors["value"] = TensorInfo((tokens, slots), store, "correction added to the decoded element")
+        tensors["value"] = TensorInfo(
+            (tokens, slots), store, "correction added to the decoded element"
+        )
     return tensors
 
 
-def _range_shape(axis: str, group: int | None, heads: int, tokens: int, dim: int) -> tuple[int, ...]:
+def _range_shape(
+    axis: str, group: int | None, heads: int, tokens: int, dim: int
+) -> tuple[int, ...]:
     if axis == "channel":
         assert group is not None
         return (heads, tokens // group, dim)
@@ -119,10 +129,26 @@ def check_geometry(spec: CacheSpec, geometry: ModelGeometry) -> None:
             codec: TensorCodec = getattr(spec.codec, name)
             q = codec.quantizer
             where = f"codec.{name}.quantizer.group_size"
-            if not isinstance(q, Identity) and q.axis == "token" and q.group_size and dim % q.group_size:
-                raise ValueError(explain(where, "group", f"a divisor of head dim {dim} (layer {i})", q.group_size))
+            if (
+                not isinstance(q, Identity)
+                and q.axis == "token"
+                and q.group_size
+                and dim % q.group_size
+            ):
+                raise ValueError(
+                    explain(
+                        where, "group", f"a divisor of head dim {dim} (layer {i})", q.group_size
+                    )
+                )
             if codec.outliers and layer.kv_heads * dim > 65536:
-                raise ValueError(explain(f"layer {i}", "KV width", "at most 65536 with outliers", layer.kv_heads * dim))
+                raise ValueError(
+                    explain(
+                        f"layer {i}",
+                        "KV width",
+                        "at most 65536 with outliers",
+                        layer.kv_heads * dim,
+                    )
+                )
 
 
 @dataclass(frozen=True)
@@ -132,7 +158,7 @@ class CacheBytes:
     Attributes:
         body: pages of encoded tokens.
         windows: dense sinks and recent tokens.
-        parameters: codebooks and calibrated ranges.
+        parameters: codebooks and calibrated ranges, shared by all rows.
         positions: position ids of the cached tokens.
     """
 
@@ -155,13 +181,27 @@ def page_bytes(codec: CodecSpec, layer: LayerGeometry, tokens: int, dense: torch
     return sum(t.nbytes for t in (*k.values(), *v.values()))
 
 
+def table_bytes(codec: TensorCodec, heads: int, dim: int) -> int:
+    """Bytes of a codebook with its boundaries, and of calibrated ranges, as the runtime holds them (float32)."""
+    q = codec.quantizer
+    if isinstance(q, Identity):
+        return 0
+    ranges = 2 * heads * dim if q.range == "calibrated" else 0
+    return 4 * (2 ** (q.bits + 1) - 1 + ranges)
+
+
 def encoded_tokens(codec: CodecSpec, tokens: int) -> int:
     """Tokens in the body once `tokens` have been appended."""
     return max(0, tokens - codec.sinks - codec.recent) // codec.block_size * codec.block_size
 
 
 def cache_bytes(
-    spec: CacheSpec, geometry: ModelGeometry, batch: int, tokens: int, dense: torch.dtype, position_rows: int = 1
+    spec: CacheSpec,
+    geometry: ModelGeometry,
+    batch: int,
+    tokens: int,
+    dense: torch.dtype,
+    position_rows: int = 1,
 ) -> CacheBytes:
     """Bytes that a cache of `tokens` tokens allocates, without a sliding window.
 
@@ -184,16 +224,17 @@ def cache_bytes(
     body = sum(batch * pages * page_bytes(codec, g, page, dense) for g in layers)
     windows = sum(batch * dense_tokens * g.elements * dense.itemsize for g in layers)
     parameters = sum(
-        t.nbytes
+        table_bytes(part, g.kv_heads, dim)
         for g in layers
         for part, dim in ((codec.k, g.k_dim), (codec.v, g.v_dim))
-        for t in parameter_tensors(part, g.kv_heads, dim).values()
     )
     positions = position_rows * -(-tokens // page) * page * torch.int32.itemsize
     return CacheBytes(body, windows, parameters, positions)
 
 
-def bits_per_element(spec: CacheSpec, geometry: ModelGeometry, batch: int, tokens: int, dense: torch.dtype) -> float:
+def bits_per_element(
+    spec: CacheSpec, geometry: ModelGeometry, batch: int, tokens: int, dense: torch.dtype
+) -> float:
     """All-in bits an element at a stated length: every allocated byte over the elements it stands for."""
     total = cache_bytes(spec, geometry, batch, tokens, dense).total
     return 8 * total / (batch * tokens * geometry.elements)

@@ -71,7 +71,9 @@ class NUQ:
     def __post_init__(self) -> None:
         _check_quantizer(self)
         if self.q_norm and self.table != "fitted":
-            raise ValueError(explain("quantizer.q_norm", "value", "false with table = nf", self.q_norm))
+            raise ValueError(
+                explain("quantizer.q_norm", "value", "false with table = nf", self.q_norm)
+            )
 
 
 @dataclass(frozen=True)
@@ -124,9 +126,16 @@ class TensorCodec:
         calibrated = not isinstance(q, Identity) and q.range == "calibrated"
         if isinstance(o, StaticThreshold) and not calibrated:
             raise ValueError(
-                explain("outliers.kind", "static_threshold", "paired with a quantizer of range calibrated", q.kind)
+                explain(
+                    "outliers.kind",
+                    "static_threshold",
+                    "paired with a quantizer of range calibrated",
+                    q.kind,
+                )
             )
-        if isinstance(o, TopK) and (isinstance(q, Identity) or q.axis != "token" or q.group_size is not None):
+        if isinstance(o, TopK) and (
+            isinstance(q, Identity) or q.axis != "token" or q.group_size is not None
+        ):
             raise ValueError(
                 explain(
                     "outliers.kind",
@@ -168,7 +177,11 @@ class CodecSpec:
     def __post_init__(self) -> None:
         for name, least in (("sinks", 0), ("recent", 0), ("block_size", 1)):
             if getattr(self, name) < least:
-                raise ValueError(explain(f"codec.{name}", "token count", f"at least {least}", getattr(self, name)))
+                raise ValueError(
+                    explain(
+                        f"codec.{name}", "token count", f"at least {least}", getattr(self, name)
+                    )
+                )
         for name in ("k", "v"):
             q = getattr(self, name).quantizer
             if isinstance(q, Identity) or q.axis == "token" or q.group_size is None:
@@ -208,7 +221,12 @@ class CacheSpec:
     def __post_init__(self) -> None:
         if self.page_size < 1 or self.page_size % self.codec.block_size:
             raise ValueError(
-                explain("cache.page_size", "value", f"a multiple of block_size = {self.codec.block_size}", self.page_size)
+                explain(
+                    "cache.page_size",
+                    "value",
+                    f"a multiple of block_size = {self.codec.block_size}",
+                    self.page_size,
+                )
             )
 
     @staticmethod
@@ -225,11 +243,22 @@ def _check_quantizer(q: Uniform | NUQ) -> None:
         raise ValueError(explain(f"{where}.group_size", "value", "positive or null", q.group_size))
     if q.range == "calibrated" and (q.axis != "channel" or q.group_size is not None):
         raise ValueError(
-            explain(where, "range calibrated", "used with axis channel and no group_size", f"{q.axis}, {q.group_size}")
+            explain(
+                where,
+                "range calibrated",
+                "used with axis channel and no group_size",
+                f"{q.axis}, {q.group_size}",
+            )
         )
     if q.range == "online" and q.axis == "channel" and q.group_size is None:
         raise ValueError(
-            explain(where, "group_size", "given for online channel ranges", "null", "Set tokens per group, e.g. 32.")
+            explain(
+                where,
+                "group_size",
+                "given for online channel ranges",
+                "null",
+                "Set tokens per group, e.g. 32.",
+            )
         )
 
 

@@ -54,7 +54,9 @@ def unpack(packed: torch.Tensor, bits: int, dim: int) -> torch.Tensor:
     """
     _check(packed, bits)
     if packed.shape[-1] != packed_bytes(dim, bits):
-        raise ValueError(explain("unpack", "last dimension", str(packed_bytes(dim, bits)), packed.shape[-1]))
+        raise ValueError(
+            explain("unpack", "last dimension", str(packed_bytes(dim, bits)), packed.shape[-1])
+        )
     return reference.unpack(packed, PLANES[bits], dim)
 
 

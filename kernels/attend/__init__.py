@@ -1,0 +1,1 @@
+"""Attention of queries over dense keys and values, as a Partial."""

@@ -1,0 +1,42 @@
+"""attend: grouped-query attention over dense keys and values that returns its log-sum-exp."""
+
+from __future__ import annotations
+
+import torch
+
+from kvsmith.errors import explain
+from kvsmith.kernels.attend import reference
+from kvsmith.kernels.partial import Partial
+
+
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    scale: float,
+    mask: torch.Tensor | None = None,
+    softcap: float | None = None,
+) -> Partial:
+    """Attend to a set of tokens.
+
+    Args:
+        q: [B, H * G, T, D] float, queries; query head h * G + g reads KV head h.
+        k: [B, H, C, D] float, keys in the queries' domain (rotated as they are).
+        v: [B, H, C, Dv] float, values.
+        scale: factor on the logits.
+        mask: [B or 1, H * G or 1, T or 1, C] bool, true where a query sees a token; None for all.
+        softcap: logits become softcap * tanh(logits / softcap); None for none.
+
+    Returns:
+        Partial with out [B, H * G, T, Dv] and lse [B, H * G, T], float32.
+
+    Raises:
+        ValueError: the shapes do not fit.
+    """
+    if q.shape[1] % k.shape[1] or q.shape[-1] != k.shape[-1] or k.shape[:3] != v.shape[:3]:
+        shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+        raise ValueError(
+            explain("attend", "shapes", "q [B, H*G, T, D], k [B, H, C, D], v [B, H, C, Dv]", shapes)
+        )
+    return reference.attend(q, k, v, scale, mask, softcap)

@@ -1,0 +1,1 @@
+"""Decode packed tokens to dense keys or values."""

@@ -1,0 +1,58 @@
+"""How one encoded tensor (keys or values) is laid out, in numbers that a kernel needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+
+@dataclass(frozen=True)
+class Format:
+    """Static facts of an encoded tensor.
+
+    Attributes:
+        bits: code width.
+        axis: whose range it is, "channel" or "token".
+        group: axis "token": channels per range, 0 for the whole token; axis "channel": tokens per range, 0 for
+            calibrated ranges.
+        slots: outliers stored a token, N.
+        outliers: "threshold" corrects elements beyond the calibrated range, "extremes" the token's largest and
+            smallest elements, "none" nothing.
+        store: dtype of online ranges and corrections.
+    """
+
+    bits: int
+    axis: Literal["channel", "token"]
+    group: int
+    slots: int
+    outliers: Literal["none", "threshold", "extremes"]
+    store: torch.dtype
+
+
+@dataclass(frozen=True)
+class Tables:
+    """Tensors that all tokens share.
+
+    Attributes:
+        lut: [C] float32, normalised value of each code, increasing.
+        edges: [C - 1] float32, normalised boundaries between codes.
+        scale: [H, D] float32, calibrated half width of each channel; None for online ranges.
+        zero: [H, D] float32, calibrated centre of each channel; None for online ranges.
+    """
+
+    lut: torch.Tensor
+    edges: torch.Tensor
+    scale: torch.Tensor | None = None
+    zero: torch.Tensor | None = None
+
+    def to(self, device: torch.device) -> Tables:
+        """The same tables on another device."""
+        move = [None if t is None else t.to(device) for t in (self.scale, self.zero)]
+        return Tables(self.lut.to(device), self.edges.to(device), *move)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tables."""
+        return sum(t.nbytes for t in (self.lut, self.edges, self.scale, self.zero) if t is not None)

@@ -1,0 +1,124 @@
+"""A TensorCodec with its parameters: encode blocks of tokens, decode them, say which page tensors hold them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from statistics import NormalDist
+
+import torch
+
+from kvsmith.errors import explain
+from kvsmith.kernels.decode.api import decode
+from kvsmith.kernels.encode_pack.api import encode_pack
+from kvsmith.kernels.format import Format, Tables
+from kvsmith.layout import TensorInfo, outlier_slots, page_tensors, parameter_tensors
+from kvsmith.spec import Identity, StaticThreshold, TensorCodec
+
+
+def uniform_levels(bits: int) -> torch.Tensor:
+    """2^bits equally spaced levels in [-1, 1], [C] float32."""
+    return torch.linspace(-1.0, 1.0, 2**bits)
+
+
+def normal_levels(bits: int) -> torch.Tensor:
+    """Quantiles of the normal law at (i + 1/2) / C, scaled to [-1, 1], [C] float32.
+
+    Source: NormalFloat, QLoRA, arXiv:2305.14314. Differs: symmetric, without an exact zero.
+    """
+    count = 2**bits
+    levels = [NormalDist().inv_cdf((i + 0.5) / count) for i in range(count)]
+    return torch.tensor([x / levels[-1] for x in levels], dtype=torch.float32)
+
+
+def midpoints(lut: torch.Tensor) -> torch.Tensor:
+    """Boundaries of nearest-level coding, [C - 1]."""
+    return (lut[1:] + lut[:-1]) / 2
+
+
+class Codec:
+    """Keys or values of one layer.
+
+    Args:
+        spec: what to do.
+        heads: KV heads H.
+        dim: channels of a head D.
+        store: dtype of online ranges and corrections.
+        parameters: the tensors that `parameter_tensors` names; may be empty for codecs that own none.
+        where: prefix of error messages, e.g. "layers.3.k".
+
+    Raises:
+        ValueError: a parameter is missing or has another shape.
+    """
+
+    def __init__(
+        self,
+        spec: TensorCodec,
+        heads: int,
+        dim: int,
+        store: torch.dtype,
+        parameters: Mapping[str, torch.Tensor],
+        where: str,
+    ) -> None:
+        self.spec, self.heads, self.dim, self.store = spec, heads, dim, store
+        _check_parameters(spec, heads, dim, parameters, where)
+        q = spec.quantizer
+        if isinstance(q, Identity):
+            return
+        outliers = "none"
+        slots = outlier_slots(spec, heads, dim)
+        if slots:
+            outliers = "threshold" if isinstance(spec.outliers, StaticThreshold) else "extremes"
+        self.format = Format(q.bits, q.axis, q.group_size or 0, slots, outliers, store)  # type: ignore[arg-type]
+        lut = parameters.get("lut")
+        if lut is None:
+            lut = uniform_levels(q.bits) if q.kind == "uniform" else normal_levels(q.bits)
+        edges = parameters.get("edges", midpoints(lut))
+        self.tables = Tables(lut, edges, parameters.get("scale"), parameters.get("zero"))
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether tokens stay dense."""
+        return isinstance(self.spec.quantizer, Identity)
+
+    def to(self, device: torch.device) -> None:
+        """Move the tables to a device."""
+        if not self.is_identity and self.tables.lut.device != device:
+            self.tables = self.tables.to(device)
+
+    def page(self, tokens: int, dense: torch.dtype) -> dict[str, TensorInfo]:
+        """Tensors of a page of `tokens` tokens, without the batch dimension."""
+        return page_tensors(self.spec, self.heads, self.dim, tokens, self.store, dense)
+
+    def encode(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Encode [B, H, T, D]; the result is named and shaped like `page`."""
+        return {"dense": x} if self.is_identity else encode_pack(x, self.format, self.tables)
+
+    def decode(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Decode to [B, H, T, D]: the model's dtype for the identity, else float32."""
+        return (
+            tensors["dense"]
+            if self.is_identity
+            else decode(tensors, self.format, self.tables, self.dim)
+        )
+
+
+def _check_parameters(
+    spec: TensorCodec, heads: int, dim: int, parameters: Mapping[str, torch.Tensor], where: str
+) -> None:
+    for name, info in parameter_tensors(spec, heads, dim).items():
+        if name not in parameters:
+            raise ValueError(
+                explain(
+                    f"{where}.{name}",
+                    "parameter",
+                    "present",
+                    "nothing",
+                    "Calibrate and export a bundle for it.",
+                )
+            )
+        if tuple(parameters[name].shape) != info.shape:
+            raise ValueError(
+                explain(
+                    f"{where}.{name}", "shape", str(info.shape), str(tuple(parameters[name].shape))
+                )
+            )

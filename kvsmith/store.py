@@ -1,0 +1,333 @@
+"""The tokens of one layer: dense sinks, encoded pages, a dense recent window.
+
+Tokens move one way, in blocks: appended -> recent window -> encoded page. Columns count every token since the cache was
+empty, padding included, so that a column means the same in every row:
+
+    columns 0 .. S-1          sinks (each row keeps its own first S real tokens dense)
+    columns S .. S+E-1        pages, E a multiple of block_size
+    columns S+E .. length-1   recent window
+
+With left padding a row's sinks lie further right and are hidden in the page that also holds them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from kvsmith.codec import Codec
+from kvsmith.errors import explain
+from kvsmith.geometry import LayerGeometry
+from kvsmith.spec import CodecSpec
+
+Page = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Some tokens of a layer, dense.
+
+    Attributes:
+        k: [B, H, C, D] keys in the stored domain.
+        v: [B, H, C, Dv] values.
+        start: first column where the segment is one range of columns, else None.
+        columns: [B, C] int64 columns where each row has its own, else None.
+    """
+
+    k: torch.Tensor
+    v: torch.Tensor
+    start: int | None
+    columns: torch.Tensor | None = None
+
+
+class LayerStore:
+    """Keys and values of one layer as they are stored.
+
+    Args:
+        spec: codec and windows.
+        geometry: the layer's shape.
+        page_size: tokens of a page.
+        k: codec of the keys.
+        v: codec of the values.
+    """
+
+    def __init__(
+        self, spec: CodecSpec, geometry: LayerGeometry, page_size: int, k: Codec, v: Codec
+    ) -> None:
+        self.spec, self.geometry, self.page_size = spec, geometry, page_size
+        self.codecs = (k, v)
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget every token and free the memory."""
+        self.length = self.encoded = 0
+        self.pages: list[tuple[Page, Page]] = []
+        self.freed = 0  # pages that a sliding window has left behind
+        self.sinks: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.recent: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.padding: torch.Tensor | None = None
+
+    @property
+    def batch_size(self) -> int:
+        """Rows B; 0 before the first token."""
+        return 0 if self.recent is None else self.recent[0].shape[0]
+
+    @property
+    def body_end(self) -> int:
+        """First column of the recent window."""
+        return self.spec.sinks + self.encoded
+
+    # -- writing ----------------------------------------------------------------------------------
+
+    def append(self, k: torch.Tensor, v: torch.Tensor, padding: torch.Tensor | None = None) -> None:
+        """Add tokens to every row.
+
+        Args:
+            k: [B, H, T, D] keys in the stored domain.
+            v: [B, H, T, Dv] values.
+            padding: [B] int64, columns of left padding in each row as far as known; None for none.
+
+        Raises:
+            ValueError: the batch size or the heads differ from what is stored.
+        """
+        k, v = k.detach(), v.detach()
+        self._start(k, v)
+        self._check(k)
+        if padding is not None:
+            self.padding = padding
+        self._write_sinks((k, v))
+        skip = min(max(self.spec.sinks - self.length, 0), k.shape[2])
+        held, before = max(self.length - self.body_end, 0), self.length
+        self.length += k.shape[2]
+        self._write_recent((k[:, :, skip:], v[:, :, skip:]), held)
+        # The queries of this step still read what the first of them can see.
+        self._free_passed(before or self.length)
+
+    def _start(self, k: torch.Tensor, v: torch.Tensor) -> None:
+        if self.recent is not None:
+            return
+        B, H = k.shape[:2]
+        room = self.spec.recent + self.spec.block_size
+        self.sinks = _empty(k, v, (B, H, self.spec.sinks))
+        self.recent = _empty(k, v, (B, H, room))
+        for codec in self.codecs:
+            codec.to(k.device)
+
+    def _check(self, k: torch.Tensor) -> None:
+        expected = (self.batch_size, self.geometry.kv_heads, self.geometry.k_dim)
+        if (k.shape[0], k.shape[1], k.shape[3]) != expected:
+            raise ValueError(
+                explain("cache", "batch, KV heads, head dim", str(expected), str(tuple(k.shape)))
+            )
+
+    def _write_sinks(self, new: tuple[torch.Tensor, torch.Tensor]) -> None:
+        assert self.sinks is not None
+        S, first, T = self.spec.sinks, self.length, new[0].shape[2]
+        if self.padding is None:
+            stop = min(S, first + T)
+            for sink, x in zip(self.sinks, new, strict=True):
+                sink[:, :, first:stop] = x[:, :, : max(stop - first, 0)]
+            return
+        columns = self._sink_columns() - first  # [B, S]
+        rows, slots = torch.where((columns >= 0) & (columns < T))
+        for sink, x in zip(self.sinks, new, strict=True):
+            sink[rows, :, slots] = x[rows, :, columns[rows, slots]]
+
+    def _sink_columns(self) -> torch.Tensor:
+        assert self.padding is not None
+        return self.padding[:, None] + torch.arange(self.spec.sinks, device=self.padding.device)
+
+    def _write_recent(self, new: tuple[torch.Tensor, torch.Tensor], held: int) -> None:
+        """Join `held` recent tokens with the new ones; encode the oldest blocks, keep the rest dense."""
+        assert self.recent is not None
+        block, total = self.spec.block_size, held + new[0].shape[2]
+        count = max(total - self.spec.recent, 0) // block * block
+        done = 0
+        while done < count:
+            # Page-sized steps keep the transient copy of a long prompt small.
+            step = min(self.page_size - self.encoded % self.page_size, count - done)
+            self._encode(
+                *(
+                    _window(r, x, held, done, done + step)
+                    for r, x in zip(self.recent, new, strict=True)
+                )
+            )
+            done += step
+        for buffer, x in zip(self.recent, new, strict=True):
+            if count:
+                buffer[:, :, : total - count] = _window(buffer, x, held, count, total)
+            else:
+                buffer[:, :, held:total] = x
+
+    def _encode(self, k: torch.Tensor, v: torch.Tensor) -> None:
+        offset, tokens = self.encoded % self.page_size, k.shape[2]
+        if offset == 0:
+            self.pages.append(
+                (self._new_page(self.codecs[0], k), self._new_page(self.codecs[1], v))
+            )
+        for codec, tensors, x in zip(self.codecs, self.pages[-1], (k, v), strict=True):
+            for name, part in codec.encode(x).items():
+                _tokens(tensors[name], name, codec, offset, offset + tokens).copy_(part)
+        self.encoded += tokens
+
+    def _new_page(self, codec: Codec, x: torch.Tensor) -> Page:
+        infos = codec.page(self.page_size, x.dtype)
+        return {
+            n: torch.zeros((x.shape[0], *i.shape), dtype=i.dtype, device=x.device)
+            for n, i in infos.items()
+        }
+
+    def _free_passed(self, query: int) -> None:
+        """Free pages that a query at column `query` cannot see; a page of slack lets a few tokens be cropped."""
+        if self.geometry.window is None:
+            return
+        passed = (query - self.geometry.window - self.spec.sinks) // self.page_size - 1
+        count = min(max(passed - self.freed, 0), len(self.pages))
+        del self.pages[:count]
+        self.freed += count
+
+    # -- reading ----------------------------------------------------------------------------------
+
+    def segments(self, stop: int, chunk: int) -> Iterator[Segment]:
+        """Yield the tokens of columns [0, stop) as dense segments.
+
+        Args:
+            stop: columns to read.
+            chunk: encoded tokens to decode at once, rounded to whole pages.
+        """
+        S = self.spec.sinks
+        if self.sinks is not None and stop > 0 and S:
+            k, v = self.sinks
+            if self.padding is None:
+                used = min(S, stop)
+                yield Segment(k[:, :, :used], v[:, :, :used], 0)
+            else:
+                yield Segment(k, v, None, self._sink_columns())
+        body = min(self.encoded, stop - S)
+        run = max(1, chunk // self.page_size)
+        for first in range(self.freed, -(-max(body, 0) // self.page_size), run):
+            yield self._decode(first, min(body, (first + run) * self.page_size))
+        if stop > self.body_end and self.recent is not None:
+            k, v = self.recent
+            yield Segment(
+                k[:, :, : stop - self.body_end], v[:, :, : stop - self.body_end], self.body_end
+            )
+
+    def _decode(self, first: int, stop: int) -> Segment:
+        """Decode the pages from `first` on, up to body token `stop`."""
+        tokens = stop - first * self.page_size
+        blocks = -(-tokens // self.spec.block_size) * self.spec.block_size
+        pages = self.pages[first - self.freed : -(-stop // self.page_size) - self.freed]
+        dense = []
+        for side, codec in enumerate(self.codecs):
+            parts = [p[side] for p in pages]
+            whole = parts[0] if len(parts) == 1 else {n: _join(n, codec, parts) for n in parts[0]}
+            used = {n: _tokens(t, n, codec, 0, blocks) for n, t in whole.items()}
+            dense.append(codec.decode(used)[:, :, :tokens])
+        return Segment(dense[0], dense[1], self.spec.sinks + first * self.page_size)
+
+    # -- rearranging ------------------------------------------------------------------------------
+
+    def map_rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Apply a row selection or repetition to every stored tensor.
+
+        Args:
+            change: maps a tensor [B, ...] to [B', ...].
+        """
+        if self.recent is None or self.sinks is None:
+            return
+        self.sinks = (change(self.sinks[0]), change(self.sinks[1]))
+        self.recent = (change(self.recent[0]), change(self.recent[1]))
+        self.padding = None if self.padding is None else change(self.padding)
+        for i, (k, v) in enumerate(self.pages):
+            self.pages[i] = (
+                {n: change(t) for n, t in k.items()},
+                {n: change(t) for n, t in v.items()},
+            )
+
+    def crop(self, length: int) -> None:
+        """Forget the tokens from column `length` on.
+
+        A block cut in the middle goes back to the recent window as it decodes.
+
+        Raises:
+            ValueError: the tokens needed were freed by a sliding window.
+        """
+        if length >= self.length:
+            return
+        cut = max(length - self.spec.sinks, 0)
+        if cut < self.encoded:
+            self._uncode(cut)
+        self.length = length
+
+    def _uncode(self, cut: int) -> None:
+        assert self.recent is not None
+        whole = cut // self.spec.block_size * self.spec.block_size
+        index, offset = divmod(whole, self.page_size)
+        if index < self.freed:
+            raise ValueError(
+                explain("cache.crop", "length", "inside the sliding window", cut + self.spec.sinks)
+            )
+        if cut > whole:
+            for side, codec in enumerate(self.codecs):
+                page = self.pages[index - self.freed][side]
+                used = {
+                    n: _tokens(t, n, codec, offset, offset + self.spec.block_size)
+                    for n, t in page.items()
+                }
+                self.recent[side][:, :, : cut - whole] = codec.decode(used)[:, :, : cut - whole]
+        self.encoded = whole
+        del self.pages[-(-whole // self.page_size) - self.freed :]
+
+    # -- counting ---------------------------------------------------------------------------------
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every allocated tensor as (body | windows | parameters, tensor)."""
+        for page in self.pages:
+            for side in page:
+                yield from (("body", t) for t in side.values())
+        for pair in (self.sinks, self.recent):
+            yield from (("windows", t) for t in pair or ())
+        for codec in self.codecs:
+            if not codec.is_identity:
+                tables = codec.tables
+                for t in (tables.lut, tables.edges, tables.scale, tables.zero):
+                    if t is not None:
+                        yield "parameters", t
+
+
+def _empty(
+    k: torch.Tensor, v: torch.Tensor, shape: tuple[int, int, int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return k.new_zeros((*shape, k.shape[-1])), v.new_zeros((*shape, v.shape[-1]))
+
+
+def _window(
+    held: torch.Tensor, new: torch.Tensor, count: int, start: int, stop: int
+) -> torch.Tensor:
+    """Tokens [start, stop) of the first `count` tokens of `held` followed by `new`; a copy where both are needed."""
+    if start >= count:
+        return new[:, :, start - count : stop - count]
+    if stop <= count:
+        return held[:, :, start:stop].clone()
+    return torch.cat([held[:, :, start:count], new[:, :, : stop - count]], dim=2)
+
+
+def _token_dim(name: str, codec: Codec) -> int:
+    """Dimension of a page tensor that counts tokens (or groups of them)."""
+    if name in ("scale", "zero"):
+        return 1 if codec.format.axis == "token" and not codec.format.group else 2
+    return 1 if name in ("index", "value") else 2
+
+
+def _tokens(tensor: torch.Tensor, name: str, codec: Codec, start: int, stop: int) -> torch.Tensor:
+    """View of the tokens [start, stop) of a page tensor."""
+    if name in ("scale", "zero") and codec.format.axis == "channel":
+        start, stop = start // codec.format.group, -(-stop // codec.format.group)
+    return tensor.narrow(_token_dim(name, codec), start, stop - start)
+
+
+def _join(name: str, codec: Codec, parts: list[Page]) -> torch.Tensor:
+    return torch.cat([p[name] for p in parts], dim=_token_dim(name, codec))
