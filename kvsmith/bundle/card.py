@@ -1,0 +1,134 @@
+"""README.md of a bundle: the card that the hub shows. The same manifest gives the same text."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import torch
+
+from kvsmith.bundle.manifest import Manifest
+from kvsmith.layout import bits_per_element
+from kvsmith.spec import Identity, StaticThreshold, TensorCodec
+
+LENGTHS = {"1K": 2**10, "32K": 2**15, "1M": 2**20}
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
+def model_card(manifest: Manifest) -> str:
+    """Write the card.
+
+    Args:
+        manifest: its `files` are not used.
+
+    Returns:
+        Markdown with YAML front matter, a newline at its end.
+    """
+    base, codec = manifest.base_model, manifest.cache.codec
+    layers = f"{len(base.layers)} layers, {base.geometry.elements} key and value elements a token"
+    parts = [
+        *_front_matter(base.id),
+        f"# Compressed KV cache for {_code(base.id)}",
+        "",
+        "A kvsmith bundle: what a KV cache needs to store its tokens in few bits; no weights.",
+        "",
+        "```python",
+        "import kvsmith",
+        'cache = kvsmith.Bundle.from_pretrained("this folder or hub name").cache(model)',
+        "model.generate(**inputs, past_key_values=cache)",
+        "```",
+        "",
+        "| part | stored as |",
+        "|---|---|",
+        f"| keys | {describe(codec.k)}, {codec.key_domain}-RoPE |",
+        f"| values | {describe(codec.v)} |",
+        f"| dense | the first {codec.sinks} tokens and the newest {_newest(manifest)} |",
+        f"| model | {layers} |",
+        "",
+        *_sizes(manifest),
+        *_calibration(manifest),
+        *_quality(manifest),
+        f"Written by {manifest.created_by}; format version {manifest.format_version}.",
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def sizes(manifest: Manifest) -> dict[str, float]:
+    """All-in bits an element at the lengths that are shown, batch 1, dense tokens in bfloat16."""
+    geometry = manifest.base_model.geometry
+    return {
+        label: bits_per_element(manifest.cache, geometry, 1, tokens, torch.bfloat16)
+        for label, tokens in LENGTHS.items()
+    }
+
+
+def describe(codec: TensorCodec) -> str:
+    """A codec in a few words."""
+    q = codec.quantizer
+    if isinstance(q, Identity):
+        return "not quantized"
+    group = "" if q.group_size is None else f" in groups of {q.group_size}"
+    words = [f"{q.kind} {q.bits} bits", f"{q.range} range per {q.axis}{group}"]
+    if q.kind == "nuq":
+        words[0] += f" ({q.table} table{', Q-Norm' if q.q_norm else ''})"
+    if codec.outliers:
+        rule = "static threshold" if isinstance(codec.outliers, StaticThreshold) else "top k"
+        words.append(f"{100 * codec.fraction:g} % outliers by {rule}")
+    return ", ".join(words)
+
+
+def _front_matter(model: str) -> list[str]:
+    base = [f"base_model: {json.dumps(model)}"] if _HUB_NAME.fullmatch(model) else []
+    return [
+        "---",
+        "library_name: kvsmith",
+        *base,
+        "tags:",
+        "- kv-cache",
+        "- quantization",
+        "---",
+        "",
+    ]
+
+
+def _newest(manifest: Manifest) -> str:
+    codec = manifest.cache.codec
+    if codec.block_size == 1:
+        return str(codec.recent)
+    return f"{codec.recent} to {codec.recent + codec.block_size - 1}"
+
+
+def _sizes(manifest: Manifest) -> list[str]:
+    bits = sizes(manifest)
+    return [
+        "Bits per element, everything counted (batch 1, dense tokens in bfloat16):",
+        "",
+        f"| tokens | {' | '.join(bits)} |",
+        f"|---|{'---|' * len(bits)}",
+        f"| bits | {' | '.join(f'{b:.3f}' for b in bits.values())} |",
+        "",
+    ]
+
+
+def _calibration(manifest: Manifest) -> list[str]:
+    c = manifest.calibration
+    if c is None:
+        return ["No calibration: the codec computes what it needs from the tokens.", ""]
+    text = f"{_code(c.dataset)}{'' if c.revision is None else f' at {_code(c.revision)}'}"
+    return [
+        f"Calibrated on {c.samples} sequences of {c.length} tokens from {text}",
+        f"(seed {c.seed}, tokens {c.tokens_hash[:8]}), sensitivity {_code(c.sensitivity)}.",
+        "",
+    ]
+
+
+def _quality(manifest: Manifest) -> list[str]:
+    if not manifest.quality:
+        return []
+    rows = [f"| {_code(name)} | {value:.6g} |" for name, value in sorted(manifest.quality.items())]
+    return ["| measured | value |", "|---|---|", *rows, ""]
+
+
+def _code(text: str) -> str:
+    """Text of others as Markdown code, which ends neither the line, the cell nor the code."""
+    return "`" + re.sub(r"[`|\s]+|[^ -~]", " ", text) + "`"
