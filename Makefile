@@ -5,6 +5,7 @@ PY := .venv/bin/python
 PIP := $(PY) -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
 STAMP := .venv/setup.stamp
+START := $(shell date +%s)
 
 .PHONY: setup demo test check bench lint
 .DEFAULT_GOAL := setup
@@ -29,10 +30,9 @@ lint: setup
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy -p kvsmith
 
-test: setup
-	@start=$$(date +%s); $(MAKE) --no-print-directory lint && \
-		$(PYTEST) -m "not gpu and not network"; code=$$?; \
-		echo "make test: $$(( $$(date +%s) - start )) s in all"; exit $$code
+test: lint
+	@$(PYTEST) -m "not gpu and not network"; code=$$?; \
+		echo "make test: $$(( $$(date +%s) - $(START) )) s in all"; exit $$code
 
 check: lint
 	$(PYTEST) -m "not slow and not gpu and not network"
