@@ -225,8 +225,8 @@ class Hidden:
     def find_spec(self, name, path=None, target=None):
         hidden = name.split(".")[0] in {HEAVY}
         return None if hidden else self.finder.find_spec(name, path, target)
-    def invalidate_caches(self):
-        pass
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
 sys.meta_path[:] = [Hidden(finder) for finder in sys.meta_path]
 """
 

@@ -191,3 +191,9 @@ def test_ruff_refuses_the_names_that_would_break_transformers(tmp_path: Path) ->
     )
     for number in range(len(banned)):
         assert re.search(rf"^f{number}\.py:.* (TID25[12]|T201) ", done.stdout, re.MULTILINE)
+
+
+def test_one_version() -> None:
+    from kvsmith import __version__
+
+    assert _project()["project"]["version"] == __version__
