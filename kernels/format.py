@@ -7,6 +7,8 @@ from typing import Literal
 
 import torch
 
+OutlierRule = Literal["none", "threshold", "extremes"]
+
 
 @dataclass(frozen=True)
 class Format:
@@ -15,11 +17,11 @@ class Format:
     Attributes:
         bits: code width.
         axis: whose range it is, "channel" or "token".
-        group: axis "token": channels per range, 0 for the whole token; axis "channel": tokens per range, 0 for
-            calibrated ranges.
+        group: axis "token": channels per range, 0 for the whole token; axis "channel": tokens per
+            range, 0 for calibrated ranges.
         slots: outliers stored a token, N.
-        outliers: "threshold" corrects elements beyond the calibrated range, "extremes" the token's largest and
-            smallest elements, "none" nothing.
+        outliers: "threshold" corrects elements beyond the calibrated range, "extremes" the token's
+            largest and smallest elements, "none" nothing.
         store: dtype of online ranges and corrections.
     """
 
@@ -27,7 +29,7 @@ class Format:
     axis: Literal["channel", "token"]
     group: int
     slots: int
-    outliers: Literal["none", "threshold", "extremes"]
+    outliers: OutlierRule
     store: torch.dtype
 
 

@@ -1,7 +1,7 @@
 """Attention of new queries over a layer's stored tokens and the new tokens themselves.
 
-The stored tokens arrive as dense segments, a few pages at a time; each gives a Partial, and the partials merge. A dense
-copy of the whole cache never exists.
+The stored tokens arrive as dense segments, a few pages at a time; each gives a Partial, and the
+partials merge. A dense copy of the whole cache never exists.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from kvsmith.kernels.attend.api import attend
 from kvsmith.kernels.partial import Partial
 from kvsmith.store import LayerStore, Segment
 
-# Elements of keys decoded at once and of logits held at once: small enough to stay near the processor.
+# Elements of keys decoded at once and of logits held at once: small enough to stay near the
+# processor.
 CHUNK_ELEMENTS = 1 << 19
 LOGIT_ELEMENTS = 1 << 23
 
@@ -34,16 +35,18 @@ class Mask(Protocol):
         """Whether a query sees every column up to its own, in every row."""
 
     def window(self, rows: slice, columns: slice) -> torch.Tensor | None:
-        """[B or 1, 1, rows, columns] bool for queries `rows` of this step; None where all are true."""
+        """[B or 1, 1, rows, columns] bool; None where all queries see all columns."""
 
 
 class Rotation(Protocol):
     """RoPE of stored keys; identity where they are stored rotated or the model has none."""
 
     def __call__(
-        self, k: torch.Tensor, start: int | None, columns: torch.Tensor | None
+        self, k: torch.Tensor, start: int | None, columns: torch.Tensor | None, /
     ) -> torch.Tensor:
-        """Rotate [B, H, C, D] keys that lie at columns start, start + 1, ... or at `columns` [B, C]."""
+        """Rotate [B, H, C, D] keys that lie at columns start, start + 1, ... or at `columns` [B,
+        C].
+        """
 
 
 @dataclass(frozen=True)
@@ -74,9 +77,9 @@ def attend_store(
     """Attend to the first `before` columns of a layer as stored, and to the new tokens exactly.
 
     Args:
-        q: [B, Hq, T, D] rotated queries.
-        k: [B, H, T, D] rotated keys of the new tokens.
-        v: [B, H, T, Dv] values of the new tokens.
+        q: [B, Hq, T, D] rotated queries, of the last T new tokens.
+        k: [B, H, T', D] rotated keys of the new tokens.
+        v: [B, H, T', Dv] values of the new tokens.
         store: the layer.
         before: columns stored before the new tokens.
         mask: visibility; its columns are the stored ones followed by the new ones.
@@ -114,8 +117,10 @@ def attend_store(
                     softcap=scores.softcap,
                 ),
             )
+    new_tokens = k.shape[2]
     for i, r in enumerate(rows):
-        last = r.stop if mask.is_causal else T
+        # The queries are the last T of the new tokens.
+        last = new_tokens - T + r.stop if mask.is_causal else new_tokens
         seen = mask.window(r, slice(before, before + last))
         new = attend(
             q[:, :, r],
@@ -137,18 +142,19 @@ def _attend_dense(
 ) -> torch.Tensor:
     """Nothing is stored yet: plain attention over the new tokens."""
     grouped = q.shape[1] != k.shape[1]
-    T = q.shape[2]
-    if mask.is_causal:
+    T, tokens = q.shape[2], k.shape[2]
+    if mask.is_causal and T == tokens:
         out = F.scaled_dot_product_attention(
             q, k, v, is_causal=T > 1, scale=scale, enable_gqa=grouped
         )
         return out.transpose(1, 2)
-    step = max(1, min(T, LOGIT_ELEMENTS // (q.shape[0] * T)))
+    step = max(1, min(T, LOGIT_ELEMENTS // (q.shape[0] * tokens)))
     outs = []
     for r in _slices(T, step):
-        seen = mask.window(r, slice(0, T))
+        seen = mask.window(r, slice(0, tokens))
         if seen is not None:
-            # A padded query sees nothing; any finite output will do, NaN would spread through later layers.
+            # A padded query sees nothing; any finite output will do, NaN would spread through later
+            # layers.
             seen = seen | ~seen.any(-1, keepdim=True)
         outs.append(
             F.scaled_dot_product_attention(q[:, :, r], k, v, seen, scale=scale, enable_gqa=grouped)

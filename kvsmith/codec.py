@@ -1,4 +1,6 @@
-"""A TensorCodec with its parameters: encode blocks of tokens, decode them, say which page tensors hold them."""
+"""A TensorCodec with its parameters: encode blocks of tokens, decode them, say which page tensors
+hold them.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ import torch
 from kvsmith.errors import explain
 from kvsmith.kernels.decode.api import decode
 from kvsmith.kernels.encode_pack.api import encode_pack
-from kvsmith.kernels.format import Format, Tables
+from kvsmith.kernels.format import Format, OutlierRule, Tables
 from kvsmith.layout import TensorInfo, outlier_slots, page_tensors, parameter_tensors
 from kvsmith.spec import Identity, StaticThreshold, TensorCodec
 
@@ -43,7 +45,8 @@ class Codec:
         heads: KV heads H.
         dim: channels of a head D.
         store: dtype of online ranges and corrections.
-        parameters: the tensors that `parameter_tensors` names; may be empty for codecs that own none.
+        parameters: the tensors that `parameter_tensors` names; may be empty for codecs that own
+            none.
         where: prefix of error messages, e.g. "layers.3.k".
 
     Raises:
@@ -64,11 +67,12 @@ class Codec:
         q = spec.quantizer
         if isinstance(q, Identity):
             return
-        outliers = "none"
+        outliers: OutlierRule = "none"
         slots = outlier_slots(spec, heads, dim)
         if slots:
             outliers = "threshold" if isinstance(spec.outliers, StaticThreshold) else "extremes"
-        self.format = Format(q.bits, q.axis, q.group_size or 0, slots, outliers, store)  # type: ignore[arg-type]
+
+        self.format = Format(q.bits, q.axis, q.group_size or 0, slots, outliers, store)
         lut = parameters.get("lut")
         if lut is None:
             lut = uniform_levels(q.bits) if q.kind == "uniform" else normal_levels(q.bits)

@@ -1,6 +1,7 @@
 """Which tensors a cache owns, and the bytes they take.
 
-The runtime allocates exactly what `page_tensors` lists, so `cache_bytes` and the allocated bytes agree to the byte.
+The runtime allocates exactly what `page_tensors` lists, so `cache_bytes` and the allocated bytes
+agree to the byte.
 """
 
 from __future__ import annotations
@@ -52,8 +53,8 @@ def parameter_tensors(codec: TensorCodec, heads: int, dim: int) -> dict[str, Ten
         dim: channels of a head D.
 
     Returns:
-        name -> TensorInfo: `lut` [C] and `edges` [C-1] (normalised to [-1, 1]) for fitted tables; `scale` and
-        `zero` [H, D] (units of the cached tensor) for calibrated ranges.
+        name -> TensorInfo: `lut` [C] and `edges` [C-1] (normalised to [-1, 1]) for fitted tables;
+        `scale` and `zero` [H, D] (units of the cached tensor) for calibrated ranges.
     """
     q = codec.quantizer
     if isinstance(q, Identity):
@@ -86,8 +87,9 @@ def page_tensors(
         dense: dtype of unquantized elements.
 
     Returns:
-        name -> TensorInfo without the batch dimension: `dense` [H, T, D] for the identity, else `codes`
-        [H, T, bytes] uint8, `scale`/`zero` for online ranges, `index`/`value` [T, N] for outliers.
+        name -> TensorInfo without the batch dimension: `dense` [H, T, D] for the identity, else
+        `codes` [H, T, bytes] uint8, `scale`/`zero` for online ranges, `index`/`value` [T, N] for
+        outliers.
     """
     q = codec.quantizer
     if isinstance(q, Identity):
@@ -121,7 +123,8 @@ def check_geometry(spec: CacheSpec, geometry: ModelGeometry) -> None:
     """Refuse a codec that the model's shape cannot hold.
 
     Raises:
-        ValueError: a channel group does not divide the head dim, or the KV width exceeds 16-bit indices.
+        ValueError: a channel group does not divide the head dim, or the KV width exceeds 16-bit
+            indices.
     """
     for i in geometry.owners:
         layer = geometry.layers[i]
@@ -182,7 +185,9 @@ def page_bytes(codec: CodecSpec, layer: LayerGeometry, tokens: int, dense: torch
 
 
 def table_bytes(codec: TensorCodec, heads: int, dim: int) -> int:
-    """Bytes of a codebook with its boundaries, and of calibrated ranges, as the runtime holds them (float32)."""
+    """Bytes of a codebook with its boundaries, and of calibrated ranges, as the runtime holds them
+    (float32).
+    """
     q = codec.quantizer
     if isinstance(q, Identity):
         return 0
@@ -211,8 +216,8 @@ def cache_bytes(
         batch: rows B.
         tokens: tokens appended to each row.
         dense: dtype of the model's keys and values.
-        position_rows: rows of position ids: 0 for a model without RoPE (or keys stored after it), 1 where all
-            batch rows share their positions, else B.
+        position_rows: rows of position ids: 0 for a model without RoPE (or keys stored after it), 1
+            where all batch rows share their positions, else B.
 
     Returns:
         CacheBytes; equal to the allocated bytes of the runtime's cache.
@@ -235,6 +240,8 @@ def cache_bytes(
 def bits_per_element(
     spec: CacheSpec, geometry: ModelGeometry, batch: int, tokens: int, dense: torch.dtype
 ) -> float:
-    """All-in bits an element at a stated length: every allocated byte over the elements it stands for."""
+    """All-in bits an element at a stated length: every allocated byte over the elements it stands
+    for.
+    """
     total = cache_bytes(spec, geometry, batch, tokens, dense).total
     return 8 * total / (batch * tokens * geometry.elements)

@@ -1,8 +1,9 @@
-"""RoPE of stored keys: position ids are kept (4 bytes a token for the whole model), cosines are made when needed.
+"""RoPE of stored keys: position ids are kept (4 bytes a token for the whole model), cosines are
+made when needed.
 
-Keys are stored before RoPE. At attention time the model's own rotary module turns stored position ids into cos and
-sin, and the model's own rotary function applies them, so half-split, interleaved, partial, linear, llama3 and YaRN
-variants need no code here.
+Keys are stored before RoPE. At attention time the model's own rotary module turns stored position
+ids into cos and sin, and the model's own rotary function applies them, so half-split, interleaved,
+partial, linear, llama3 and YaRN variants need no code here.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ _MEMO_TOKENS = 4096
 
 
 def rotation_function(attention: nn.Module) -> Rotate | None:
-    """The rotary function of an attention module's own file as `(x [B, H, T, D], cos, sin) -> [B, H, T, D]`.
+    """The rotary function of an attention module's own file as `(x [B, H, T, D], cos, sin) -> [B,
+    H, T, D]`.
 
     Returns:
         None where the file has none (models without RoPE).
@@ -33,24 +35,44 @@ def rotation_function(attention: nn.Module) -> Rotate | None:
     if function is None:
         return None
     single = next(iter(inspect.signature(function).parameters)) == "x"
+    slices: list[
+        bool
+    ] = []  # whether the module itself cuts the rotated channels out; known after the first call
+
+    def apply(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        # The two-tensor form gets an empty second tensor, which costs nothing.
+        turned = (
+            function(x, cos, sin, unsqueeze_dim=1) if single else function(x, x[:, :0], cos, sin)[0]
+        )
+        assert isinstance(turned, torch.Tensor)
+        return turned
 
     def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         width = cos.shape[-1]
-        part = x if width >= x.shape[-1] else x[..., :width]
-        # The two-tensor form gets an empty second tensor, which costs nothing.
-        turned = (
-            function(part, cos, sin, unsqueeze_dim=1)
-            if single
-            else function(part, part[:, :0], cos, sin)[0]
-        )
-        return turned if part is x else torch.cat([turned, x[..., width:]], dim=-1)
+        if not slices:
+            slices.append(width < x.shape[-1] and not _fits(apply, x, cos, sin))
+        if not slices[0]:
+            return apply(x, cos, sin)
+        return torch.cat([apply(x[..., :width], cos, sin), x[..., width:]], dim=-1)
 
     return rotate
 
 
+def _fits(apply: Rotate, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> bool:
+    """Whether the rotary function takes all channels: it splits them itself, or its cos is half as
+    wide (GPT-OSS).
+    """
+    try:
+        return apply(x[:, :1, :1], cos[:, :1], sin[:, :1]).shape[-1] == x.shape[-1]
+    except RuntimeError:
+        return False
+
+
 @dataclass(frozen=True)
 class RotarySource:
-    """A rotary module and the arguments, besides positions, that it was called with (a layer type, say)."""
+    """A rotary module and the arguments, besides positions, that it was called with (a layer type,
+    say).
+    """
 
     module: nn.Module
     args: tuple[Any, ...] = ()

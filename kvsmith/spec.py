@@ -1,10 +1,12 @@
 """What a cache is: frozen dataclasses that YAML, manifests and the runtime share.
 
-A codec stores `x ~ Q(fill(x)) + S`: `Q` a quantizer (uniform or non-uniform, NUQ), `S` a sparse correction at outlier
-positions. `layout.py` says which tensors each part owns and how many bytes they take.
+A codec stores `x ~ Q(fill(x)) + S`: `Q` a quantizer (uniform or non-uniform, NUQ), `S` a sparse
+correction at outlier positions. `layout.py` says which tensors each part owns and how many bytes
+they take.
 
-Every quantizer works on values normalised to [-1, 1] by `(x - zero) / scale`. The range (scale, zero) belongs to a
-channel or to a token; it is either calibrated once and kept in the bundle, or computed online from the data.
+Every quantizer works on values normalised to [-1, 1] by `(x - zero) / scale`. The range (scale,
+zero) belongs to a channel or to a token; it is either calibrated once and kept in the bundle, or
+computed online from the data.
 """
 
 from __future__ import annotations
@@ -33,9 +35,10 @@ class Uniform:
 
     Attributes:
         bits: code width, 1 to 8.
-        axis: "channel" shares a range among tokens of one channel, "token" among channels of one token.
-        group_size: axis "token": channels of one head per range, None for the whole token (all heads);
-            axis "channel": tokens per range, None only for calibrated ranges.
+        axis: "channel" shares a range among tokens of one channel, "token" among channels of one
+            token.
+        group_size: axis "token": channels of one head per range, None for the whole token (all
+            heads); axis "channel": tokens per range, None only for calibrated ranges.
         range: "calibrated" (axis "channel" alone) or "online".
     """
 
@@ -55,9 +58,10 @@ class NUQ:
 
     Attributes:
         bits, axis, group_size, range: as in `Uniform`.
-        table: "fitted" to the calibration data (owned by the bundle) or "nf", the quantiles of a normal law.
-        q_norm: decode with a codebook shifted and scaled to keep mean and deviation of the fitted values
-            (KVQuant v1, Q-Norm).
+        table: "fitted" to the calibration data (owned by the bundle) or "nf", the quantiles of a
+            normal law.
+        q_norm: decode with a codebook shifted and scaled to keep mean and deviation of the fitted
+            values (KVQuant v1, Q-Norm).
     """
 
     kind: Literal["nuq"] = "nuq"
@@ -78,11 +82,12 @@ class NUQ:
 
 @dataclass(frozen=True)
 class StaticThreshold:
-    """Outliers of a calibrated channel range: elements outside it, at most N a token, the farthest first.
+    """Outliers of a calibrated channel range: elements outside it, at most N a token, the farthest
+    first.
 
     Attributes:
-        fraction: share of elements in [0, 0.5); the calibrated range leaves it out, half at either end, and
-            N = round(fraction * KV width) slots are stored a token.
+        fraction: share of elements in [0, 0.5); the calibrated range leaves it out, half at either
+            end, and N = round(fraction * KV width) slots are stored a token.
     """
 
     kind: Literal["static_threshold"] = "static_threshold"
@@ -94,9 +99,11 @@ class StaticThreshold:
 
 @dataclass(frozen=True)
 class TopK:
-    """Outliers of a token, found online: N = round(fraction * KV width), half the largest, half the smallest.
+    """Outliers of a token, found online: N = round(fraction * KV width), half the largest, half the
+    smallest.
 
-    They are left out of the token's range; an odd slot goes to the end that lies farther from the median.
+    They are left out of the token's range; an odd slot goes to the end that lies farther from the
+    median.
 
     Attributes:
         fraction: share of elements in [0, 0.5).
@@ -163,7 +170,8 @@ class CodecSpec:
         store_dtype: dtype of online ranges and of outlier corrections.
         sinks: first tokens of a sequence that stay dense.
         recent: newest tokens that are always dense.
-        block_size: tokens that are encoded at once; up to `recent + block_size - 1` newest tokens are dense.
+        block_size: tokens that are encoded at once; up to `recent + block_size - 1` newest tokens
+            are dense.
     """
 
     k: TensorCodec

@@ -1,7 +1,7 @@
 """The tokens of one layer: dense sinks, encoded pages, a dense recent window.
 
-Tokens move one way, in blocks: appended -> recent window -> encoded page. Columns count every token since the cache was
-empty, padding included, so that a column means the same in every row:
+Tokens move one way, in blocks: appended -> recent window -> encoded page. Columns count every token
+since the cache was empty, padding included, so that a column means the same in every row:
 
     columns 0 .. S-1          sinks (each row keeps its own first S real tokens dense)
     columns S .. S+E-1        pages, E a multiple of block_size
@@ -140,7 +140,9 @@ class LayerStore:
         return self.padding[:, None] + torch.arange(self.spec.sinks, device=self.padding.device)
 
     def _write_recent(self, new: tuple[torch.Tensor, torch.Tensor], held: int) -> None:
-        """Join `held` recent tokens with the new ones; encode the oldest blocks, keep the rest dense."""
+        """Join `held` recent tokens with the new ones; encode the oldest blocks, keep the rest
+        dense.
+        """
         assert self.recent is not None
         block, total = self.spec.block_size, held + new[0].shape[2]
         count = max(total - self.spec.recent, 0) // block * block
@@ -180,7 +182,9 @@ class LayerStore:
         }
 
     def _free_passed(self, query: int) -> None:
-        """Free pages that a query at column `query` cannot see; a page of slack lets a few tokens be cropped."""
+        """Free pages that a query at column `query` cannot see; a page of slack lets a few tokens
+        be cropped.
+        """
         if self.geometry.window is None:
             return
         passed = (query - self.geometry.window - self.spec.sinks) // self.page_size - 1
@@ -307,7 +311,9 @@ def _empty(
 def _window(
     held: torch.Tensor, new: torch.Tensor, count: int, start: int, stop: int
 ) -> torch.Tensor:
-    """Tokens [start, stop) of the first `count` tokens of `held` followed by `new`; a copy where both are needed."""
+    """Tokens [start, stop) of the first `count` tokens of `held` followed by `new`; a copy where
+    both are needed.
+    """
     if start >= count:
         return new[:, :, start - count : stop - count]
     if stop <= count:

@@ -29,7 +29,7 @@ MAY_IMPORT = {
 # Package -> the files that may import it.
 ONLY_IN = {
     "triton": TRITON_FILES,
-    "transformers": r"kvsmith/hf\.py|pipeline/.*",
+    "transformers": r"kvsmith/hf/.*|pipeline/.*",
     "sklearn": r"pipeline/.*",
     "datasets": r"pipeline/.*",
     "accelerate": r"pipeline/.*",
@@ -160,7 +160,7 @@ def test_the_tree_is_layered() -> None:
         ("kvsmith/cache.py", "def f():\n    import rich"),
         ("kvsmith/cache.py", "from .spec import CacheSpec"),
         ("kvsmith/cache.py", "from hydra import compose"),
-        ("kvsmith/hf.py", "__import__('accelerate')"),
+        ("kvsmith/hf/cache.py", "__import__('accelerate')"),
         ("kvsmith/errors.py", "import torch"),
         ("kvsmith/errors.py", "from kvsmith import strict"),
         ("pipeline/fit/nuq.py", "import hydra"),
@@ -190,7 +190,10 @@ def test_every_rule_can_fail(path: str, source: str) -> None:
         ("kernels/pack/api.py", "from kvsmith.errors import explain"),
         ("kernels/pack/triton.py", "import triton\nfrom kvsmith.kernels.common.triton import load"),
         ("kernels/bench.py", "import triton"),
-        ("kvsmith/hf.py", "from transformers import Cache\nfrom kvsmith.cache import ModelCache"),
+        (
+            "kvsmith/hf/cache.py",
+            "from transformers import Cache\nfrom kvsmith.cache import ModelCache",
+        ),
         ("kvsmith/bundle.py", "import json, os\nfrom safetensors.torch import save_file"),
         ("pipeline/config.py", "from omegaconf import OmegaConf\nimport hydra"),
         ("pipeline/log.py", "def f():\n    import wandb"),

@@ -1,4 +1,6 @@
-"""decode: packed codes, ranges and outliers -> dense tokens; the inverse of `encode_pack` up to its error."""
+"""decode: packed codes, ranges and outliers -> dense tokens; the inverse of `encode_pack` up to its
+error.
+"""
 
 from __future__ import annotations
 

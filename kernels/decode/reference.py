@@ -37,7 +37,9 @@ def expand_range(values: torch.Tensor, shape: torch.Size, fmt: Format) -> torch.
 
 
 def _add_outliers(x: torch.Tensor, index: torch.Tensor, value: torch.Tensor) -> None:
-    """Add the corrections in place: index head * D + channel of token t is element (head, t, channel)."""
+    """Add the corrections in place: index head * D + channel of token t is element (head, t,
+    channel).
+    """
     B, _, T, D = x.shape
     position = index.long() if index.dtype == torch.uint8 else index.long() & 0xFFFF
     token = torch.arange(T, device=x.device)[:, None]

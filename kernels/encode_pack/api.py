@@ -18,14 +18,15 @@ def encode_pack(x: torch.Tensor, fmt: Format, tables: Tables) -> dict[str, torch
     """Encode a block of tokens.
 
     Args:
-        x: [B, H, T, D] float, keys or values; T a multiple of `fmt.group` where channels share ranges over tokens.
+        x: [B, H, T, D] float, keys or values; T a multiple of `fmt.group` where channels share
+            ranges over tokens.
         fmt: the layout.
         tables: codebook and calibrated ranges, on the device of x.
 
     Returns:
-        `codes` [B, H, T, bytes] uint8; `scale` and `zero` for online ranges, [B, T] | [B, H, T, D / group] |
-        [B, H, T / group, D] store dtype; with outliers `index` [B, T, N] (uint8, or int16 read as unsigned;
-        head * D + channel) and `value` [B, T, N] store dtype.
+        `codes` [B, H, T, bytes] uint8; `scale` and `zero` for online ranges, [B, T] | [B, H, T, D /
+        group] | [B, H, T / group, D] store dtype; with outliers `index` [B, T, N] (uint8, or int16
+        read as unsigned; head * D + channel) and `value` [B, T, N] store dtype.
 
     Raises:
         ValueError: the block does not fit the layout.

@@ -54,7 +54,8 @@ def online_range(
         fmt: the layout.
 
     Returns:
-        (low, high, index): the first two shaped like the stored range; index [B, T, N] int64 or None.
+        (low, high, index): the first two shaped like the stored range; index [B, T, N] int64 or
+        None.
     """
     B, H, T, D = x.shape
     if fmt.axis == "channel":
@@ -72,14 +73,16 @@ def online_range(
 def split_extremes(
     tokens: torch.Tensor, slots: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Part each token's extremes from the rest: half the slots at either end, an odd one where it lies farther out.
+    """Part each token's extremes from the rest: half the slots at either end, an odd one where it
+    lies farther out.
 
     Args:
         tokens: [..., W] float32.
         slots: outliers N, 1 <= N <= W / 2.
 
     Returns:
-        (low, high, index): range of the remaining elements [...], and positions of the outliers [..., N] int64.
+        (low, high, index): range of the remaining elements [...], and positions of the outliers
+        [..., N] int64.
     """
     half = slots // 2
     high_index = tokens.topk(half, dim=-1).indices

@@ -1,0 +1,292 @@
+"""A compressed cache in the form that transformers models take."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from kvsmith.attention import Scores, attend_store
+from kvsmith.codec import Codec
+from kvsmith.errors import explain
+from kvsmith.geometry import ModelGeometry
+from kvsmith.hf.geometry import geometry
+from kvsmith.hf.masks import LazyMask, TensorMask
+from kvsmith.hf.seam import HANDLE, Seam, SeamCache, attach
+from kvsmith.layout import DTYPES, CacheBytes, check_geometry
+from kvsmith.rope import CosSin, Positions
+from kvsmith.spec import CacheSpec
+from kvsmith.store import LayerStore
+
+
+@dataclass
+class LayerHandle:
+    """Travels on the new keys from `update` to the attention function, and to layers that share
+    them.
+
+    Attributes:
+        cache: whose tokens to attend to.
+        layer: the layer that owns them.
+        before: columns stored before the new tokens.
+        rope: cos and sin of the new tokens.
+    """
+
+    cache: KVCache
+    layer: int
+    before: int
+    rope: CosSin | None
+
+    def attend(
+        self,
+        seam: Seam,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: LazyMask | TensorMask,
+        scores: Scores,
+    ) -> torch.Tensor:
+        """Rotate and attend; see `attention.attend_store`."""
+        assert seam.call is not None
+        call, cache = seam.call, self.cache
+        pre = cache.spec.codec.key_domain == "pre"
+
+        def rotate(
+            keys: torch.Tensor, start: int | None, columns: torch.Tensor | None
+        ) -> torch.Tensor:
+            if not pre or call.source is None or not seam.uses_rope:
+                return keys
+            stop = 0 if start is None else start + keys.shape[2]
+            return seam.turn(
+                keys, cache.positions.cos_sin(call.source, q.dtype, start, stop, columns)
+            )
+
+        out = attend_store(
+            seam.turn(q, call.rope),
+            seam.turn(k, self.rope),
+            v,
+            cache.stores[self.layer],
+            self.before,
+            mask,
+            rotate,
+            scores,
+        )
+        if seam.layer == len(cache.layers) - 1:
+            cache.positions.end_pass()
+        return out
+
+
+class KVCache(Cache, SeamCache):
+    """A compressed KV cache that `transformers` models take as `past_key_values`.
+
+    Made by `make_cache`, or by a bundle's `cache(model)`.
+    """
+
+    def __init__(
+        self, spec: CacheSpec, shape: ModelGeometry, parameters: Mapping[str, torch.Tensor]
+    ) -> None:
+        check_geometry(spec, shape)
+        self.spec, self.geometry = spec, shape
+        self.positions = Positions(spec.page_size)
+        self.stores: dict[int, LayerStore] = {}
+        for i in shape.owners:
+            layer = shape.layers[i]
+            sides = []
+            for name, part, dim in (
+                ("k", spec.codec.k, layer.k_dim),
+                ("v", spec.codec.v, layer.v_dim),
+            ):
+                prefix = f"layers.{i}.{name}"
+                own = {
+                    n[len(prefix) + 1 :]: t
+                    for n, t in parameters.items()
+                    if n.startswith(prefix + ".")
+                }
+                sides.append(
+                    Codec(part, layer.kv_heads, dim, DTYPES[spec.codec.store_dtype], own, prefix)
+                )
+            self.stores[i] = LayerStore(spec.codec, layer, spec.page_size, *sides)
+        self._calls: dict[int, Seam] = {}
+        super().__init__(layers=[_Layer(self, i) for i in range(len(shape.layers))])
+
+    # ... what the attention modules call
+
+    def begin(self, seam: Seam) -> None:
+        """Note what the hook of a layer saw; `update` of that layer follows."""
+        self._calls[seam.layer] = seam
+
+    def update(
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        layer_idx: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store new tokens of a layer.
+
+        Args:
+            key_states: [B, H, T, D] keys as they left the projection.
+            value_states: [B, H, T, Dv] values.
+            layer_idx: the layer.
+
+        Returns:
+            The new keys and values; the keys carry a handle to the stored ones.
+        """
+        seam = self._calls.pop(layer_idx, None)
+        if seam is None or seam.call is None:
+            raise ValueError(
+                explain(
+                    "cache",
+                    "model",
+                    "the one that the cache was made for",
+                    "another",
+                    "Make a cache for this model.",
+                )
+            )
+        store, call = self.stores[layer_idx], seam.call
+        before = store.length
+        if call.positions is not None and self.positions.length == before:
+            if self.spec.codec.key_domain == "pre":
+                self.positions.append(call.positions)
+        stored = (
+            key_states if self.spec.codec.key_domain == "pre" else seam.turn(key_states, call.rope)
+        )
+        store.append(stored, value_states, getattr(call.mask, "padding", None))
+        handed = key_states.view_as(key_states)
+        setattr(handed, HANDLE, LayerHandle(self, layer_idx, before, call.rope))
+        return handed, value_states
+
+    # ... sizes
+
+    def nbytes(self) -> int:
+        """Bytes of every allocated tensor."""
+        return self.bytes().total
+
+    def bytes(self) -> CacheBytes:
+        """Allocated bytes by what they hold."""
+        sums = {"body": 0, "windows": 0, "parameters": 0}
+        for store in self.stores.values():
+            for kind, tensor in store.tensors():
+                sums[kind] += tensor.nbytes
+        return CacheBytes(**sums, positions=self.positions.nbytes)
+
+    def bits_per_element(self) -> float:
+        """All-in bits per cached key or value element: 8 * nbytes over the elements of the tokens
+        held.
+        """
+        stores = self.stores.values()
+        elements = sum(s.batch_size * s.length * s.geometry.elements for s in stores)
+        return 8 * self.nbytes() / elements if elements else 0.0
+
+    # ... rearranging, as generate() asks for it
+
+    def reset(self) -> None:
+        """Forget every token and free its memory."""
+        for store in self.stores.values():
+            store.clear()
+        self.positions.crop(0)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest tokens.
+
+        Args:
+            tokens_to_remove: minus the number of tokens to forget, as transformers passes it; a
+                positive number is the length to keep.
+        """
+        length = next(iter(self.stores.values())).length
+        keep = length + tokens_to_remove if tokens_to_remove <= 0 else tokens_to_remove
+        for store in self.stores.values():
+            store.crop(max(keep, 0))
+        self.positions.crop(max(keep, 0))
+
+    def _map_rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        for store in self.stores.values():
+            store.map_rows(change)
+        self.positions.map_rows(change)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Select rows [B] int64, for beam search."""
+        self._map_rows(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Select rows by index or boolean mask."""
+        self._map_rows(lambda t: t[indices.to(t.device)])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row."""
+        self._map_rows(lambda t: t.repeat_interleave(repeats, dim=0))
+
+
+class _Layer(CacheLayerMixin):
+    """What transformers asks of a single layer; the tokens are in the cache's LayerStore."""
+
+    is_compileable = False
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self, cache: KVCache, index: int) -> None:
+        super().__init__()
+        self._cache = weakref.ref(cache)
+        self._index = cache.geometry.owner[index]
+        self.is_sliding = cache.geometry.layers[index].window is not None
+
+    @property
+    def _store(self) -> LayerStore:
+        cache = self._cache()
+        assert cache is not None
+        return cache.stores[self._index]
+
+    @property
+    def batch_size(self) -> int:
+        """Rows, -1 before the first token."""
+        return self._store.batch_size or -1
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Nothing to do: memory comes with the first tokens."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        """See `KVCache.update`."""
+        cache = self._cache()
+        assert cache is not None
+        return cache.update(key_states, value_states, self._index)
+
+    def get_seq_length(self) -> int:
+        """Columns stored, padding included."""
+        return self._store.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(columns including the new ones, first column)."""
+        return self._store.length + query_length, 0
+
+    def get_max_length(self) -> int:
+        """-1: no maximum."""
+        return -1
+
+    get_max_cache_shape = get_max_length
+
+
+def make_cache(
+    model: PreTrainedModel, spec: CacheSpec, parameters: Mapping[str, torch.Tensor] | None = None
+) -> KVCache:
+    """An empty cache for a model.
+
+    Args:
+        model: a transformers model; it is attached on the first call.
+        spec: what the cache is.
+        parameters: `layers.{i}.{k,v}.{name}` -> float32 tensor, for codecs that own parameters.
+
+    Returns:
+        KVCache to pass as `past_key_values`.
+
+    Raises:
+        ValueError: the model or its shape is not supported, or a parameter is missing.
+    """
+    attach(model)
+    return KVCache(spec, geometry(model.config), parameters or {})

@@ -1,0 +1,85 @@
+"""Attention masks that are evaluated where they are needed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+
+
+class LazyMask:
+    """An attention mask that is evaluated window by window, so that [T, T] never exists for long
+    prompts.
+
+    It carries the arguments transformers made it with; `resolve` makes the mask of another
+    implementation.
+    """
+
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        self.arguments = arguments
+        mask = arguments.get("attention_mask")
+        local = arguments.get("local_size")
+        self.padding: torch.Tensor | None = None
+        holes = mask is not None and not bool(mask.all())
+        if holes:
+            assert mask is not None
+            seen = mask.any(-1)
+            self.padding = torch.where(seen, mask.to(torch.uint8).argmax(-1), mask.shape[-1])
+        end = arguments.get("q_offset", 0) + arguments["q_length"]
+        self.is_causal = (
+            not holes
+            and bool(arguments.get("allow_is_causal_skip", False))
+            and (local is None or end <= local)
+        )
+
+    def window(self, rows: slice, columns: slice) -> torch.Tensor | None:
+        """See `attention.Mask`."""
+        a = self.arguments
+        offset = a.get("q_offset", 0)
+        if self.is_causal and columns.stop <= offset + rows.start + 1:
+            return None
+        made = {
+            **a,
+            "q_length": rows.stop - rows.start,
+            "kv_length": columns.stop - columns.start,
+            "q_offset": offset + rows.start,
+            "kv_offset": columns.start,
+            "allow_is_causal_skip": False,
+        }
+        return sdpa_mask(**made)
+
+    def __getitem__(self, index: tuple[slice, ...]) -> LazyMask:
+        """The mask of some consecutive queries, as `mask[:, :, rows]` (Gemma 4 drops queries it
+        does not need).
+        """
+        start, stop, step = index[2].indices(self.arguments["q_length"])
+        assert step == 1 and index[:2] == (slice(None), slice(None))
+        first = self.arguments.get("q_offset", 0) + start
+        return LazyMask({**self.arguments, "q_offset": first, "q_length": stop - start})
+
+    def resolve(self, implementation: str) -> Any:
+        """The mask that another attention implementation expects."""
+        return ALL_MASK_ATTENTION_FUNCTIONS[implementation](**self.arguments)
+
+    def to(self, *_: Any, **__: Any) -> LazyMask:
+        """Devices are settled when a window is made."""
+        return self
+
+
+class TensorMask:
+    """A ready 4-D mask, boolean or additive, in the form of `attention.Mask`."""
+
+    padding = None
+    is_causal = False
+
+    def __init__(self, mask: torch.Tensor) -> None:
+        self.mask = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+
+    def window(self, rows: slice, columns: slice) -> torch.Tensor | None:
+        """See `attention.Mask`."""
+        return self.mask[:, :, rows, columns]
+
+
+def make_mask(**arguments: Any) -> LazyMask:
+    return LazyMask(arguments)

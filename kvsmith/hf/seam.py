@@ -1,0 +1,281 @@
+"""Hooks and the attention function: where a transformers model meets our caches.
+
+Deferred RoPE. A hook before each attention module keeps the position embeddings and passes identity
+ones (cos = 1, sin = 0) while one of our caches is in use. Queries and keys so leave the projection
+exact and unrotated, `update` stores keys before RoPE and hands them on with a handle to their
+layer, and the attention function registered here rotates the query and the decoded keys with the
+model's own rotary function. Calls without our cache go to the attention implementation the model
+had, unchanged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from kvsmith.attention import Scores
+from kvsmith.errors import explain
+from kvsmith.hf.geometry import geometry
+from kvsmith.hf.masks import LazyMask, TensorMask, make_mask
+from kvsmith.rope import CosSin, RotarySource, Rotate, rotation_function
+
+NAME = "kvsmith"
+# Attribute of the new keys that carries the handle, also to layers that share them.
+HANDLE = "kvsmith_handle"
+Observer = Callable[[int, torch.Tensor, torch.Tensor], None]
+
+
+class SeamCache:
+    """A cache that wants to know what the hook of each attention module saw."""
+
+    def begin(self, seam: Seam) -> None:
+        """Called before the attention module runs; `update` of that layer follows."""
+        raise AssertionError("a subclass answers")
+
+
+class Handle(Protocol):
+    """Travels on the new keys from `update` to the attention function."""
+
+    @property
+    def before(self) -> int:
+        """Columns stored before the new tokens."""
+
+    def attend(
+        self,
+        seam: Seam,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: LazyMask | TensorMask,
+        scores: Scores,
+    ) -> torch.Tensor:
+        """[B, T, Hq, Dv] attention of the queries over stored and new tokens."""
+
+
+@dataclass
+class Call:
+    """What the hook before an attention module saw."""
+
+    rope: CosSin | None
+    source: RotarySource | None
+    positions: torch.Tensor | None
+    mask: Any
+
+
+class Attachment:
+    """Hooks of one model."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.implementation: str = model.config._attn_implementation
+        self.observer: Observer | None = None
+        self.geometry = geometry(model.config)
+        self._calls: dict[int, tuple[torch.Tensor, RotarySource, torch.Tensor]] = {}
+        for module in model.modules():
+            if type(module).__name__.endswith("RotaryEmbedding"):
+                module.register_forward_hook(self._after_rotary, with_kwargs=True)
+        for module in _attention_modules(model):
+            SEAMS[module] = Seam(self, module)
+            module.register_forward_pre_hook(self._before_attention, with_kwargs=True)
+
+    def _after_rotary(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        named = dict(kwargs)
+        positions = named.pop("position_ids", None)
+        rest = args[1:]
+        if positions is None and rest:
+            positions, rest = rest[0], rest[1:]
+        named.pop("x", None)
+        if isinstance(positions, torch.Tensor) and isinstance(output, tuple):
+            source = RotarySource(module, tuple(rest), tuple(sorted(named.items())))
+            self._calls[hash(source)] = (output[0], source, positions)
+
+    def _before_attention(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        cache = next(
+            (kwargs[n] for n in ("past_key_values", "layer_past") if kwargs.get(n) is not None),
+            None,
+        )
+        if not isinstance(cache, SeamCache) and self.observer is None:
+            return None
+        seam, rope = SEAMS[module], kwargs.get("position_embeddings")
+        call = Call(rope, None, None, kwargs.get("attention_mask"))
+        if rope is not None:
+            for cos, source, positions in self._calls.values():
+                if _same_memory(cos, rope[0]):
+                    call.source, call.positions = source, positions
+            kwargs = {**kwargs, "position_embeddings": seam.identity(rope)}
+        seam.call = call
+        if isinstance(cache, SeamCache):
+            cache.begin(seam)
+        return args, kwargs
+
+
+def _same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
+class Seam:
+    """What is known of one attention module."""
+
+    def __init__(self, attachment: Attachment, module: nn.Module) -> None:
+        self.attachment = attachment
+        self.layer = int(module.layer_idx)  # type: ignore[arg-type]
+        self.rotate: Rotate | None = rotation_function(module)
+        self.uses_rope: bool | None = None
+        self.call: Call | None = None
+
+    def identity(self, rope: CosSin) -> CosSin:
+        """cos = 1 and sin = 0; the first time as probes that notice whether the module rotates at
+        all.
+        """
+        cos, sin = (
+            torch.full((1, 1, 1), x, dtype=rope[0].dtype, device=rope[0].device) for x in (1.0, 0.0)
+        )
+        pair = (cos.expand(rope[0].shape), sin.expand(rope[1].shape))
+        if self.uses_rope is not None:
+            return pair
+        self.uses_rope = False
+        probe = pair[0].as_subclass(_Probe)
+        probe.seam = self
+        return probe, pair[1]
+
+    def turn(self, x: torch.Tensor, rope: CosSin | None) -> torch.Tensor:
+        """Rotate [B, H, T, D] where this module rotates, in the dtype of x."""
+        if rope is None or not self.uses_rope or self.rotate is None:
+            return x
+        return self.rotate(x, *rope).to(x.dtype)
+
+
+class _Probe(torch.Tensor):
+    """A cos that tells when it is used; operations on it give plain tensors."""
+
+    seam: Seam
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            if func is torch.Tensor.__setattr__ or getattr(func, "__name__", "") in (
+                "__get__",
+                "__set__",
+            ):
+                return func(*args, **(kwargs or {}))
+            for a in args:
+                if isinstance(a, cls):
+                    a.seam.uses_rope = True
+            plain = [a.as_subclass(torch.Tensor) if isinstance(a, cls) else a for a in args]
+            return func(*plain, **(kwargs or {}))
+
+
+SEAMS: weakref.WeakKeyDictionary[nn.Module, Seam] = weakref.WeakKeyDictionary()
+ATTACHED: weakref.WeakKeyDictionary[nn.Module, Attachment] = weakref.WeakKeyDictionary()
+
+
+def _attention_modules(model: nn.Module) -> list[nn.Module]:
+    """Innermost modules that own a layer index and call the attention interface."""
+    found = [
+        m for m in model.modules() if hasattr(m, "layer_idx") and "Attention" in type(m).__name__
+    ]
+    return [m for m in found if not any(c is not m and c in found for c in m.modules())]
+
+
+def attach(model: PreTrainedModel) -> None:
+    """Prepare a model for our caches; calls without one behave as before. Attaching twice does
+    nothing.
+
+    Raises:
+        ValueError: the architecture has no attention interface.
+    """
+    if model in ATTACHED:
+        return
+    geometry(model.config)
+    if not model._can_set_attn_implementation() or not _attention_modules(model):
+        raise ValueError(
+            explain(
+                f"model ({model.config.model_type})",
+                "attention",
+                "of a family with the attention interface",
+                "its own",
+            )
+        )
+    ATTACHED[model] = Attachment(model)
+    model.set_attn_implementation(NAME)
+
+
+@contextlib.contextmanager
+def observe_kv(model: PreTrainedModel, callback: Observer) -> Iterator[None]:
+    """Show keys and values as a cache would store them, during forward passes without a cache.
+
+    Args:
+        model: any supported model.
+        callback: called once per owning layer and forward pass with (layer, k [B, H, T, D] before
+            RoPE, v [B, H, T, D]); the tensors are the live ones, so hooks on them see gradients.
+    """
+    attach(model)
+    attachment = ATTACHED[model]
+    assert attachment.observer is None, "one observer at a time"
+    attachment.observer = callback
+    try:
+        yield
+    finally:
+        attachment.observer = None
+
+
+def _attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The attention function that transformers calls; q, k, v [B, heads, T, D] -> [B, T, Hq, Dv]."""
+    seam = SEAMS.get(module)
+    handle: Handle | None = getattr(key, HANDLE, None)
+    if seam is not None and handle is not None and seam.call is not None:
+        scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+        scores = Scores(scale, kwargs.get("softcap"), kwargs.get("s_aux"))
+        return handle.attend(
+            seam, query, key, value, _as_mask(attention_mask, handle, query), scores
+        ), None
+    if seam is not None and seam.attachment.observer is not None and seam.call is not None:
+        seam.attachment.observer(seam.layer, key, value)
+        query, key = seam.turn(query, seam.call.rope), seam.turn(key, seam.call.rope)
+    implementation = seam.attachment.implementation if seam is not None else "sdpa"
+    if isinstance(attention_mask, LazyMask):
+        attention_mask = attention_mask.resolve(implementation)
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
+    return function(
+        module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+    )
+
+
+def _as_mask(mask: Any, handle: Handle, query: torch.Tensor) -> LazyMask | TensorMask:
+    if isinstance(mask, LazyMask):
+        return mask
+    if isinstance(mask, torch.Tensor):
+        return TensorMask(mask)
+    T = query.shape[2]
+    return LazyMask(
+        {
+            "batch_size": query.shape[0],
+            "q_length": T,
+            "kv_length": handle.before + T,
+            "q_offset": handle.before,
+            "allow_is_causal_skip": True,
+            "device": query.device,
+        }
+    )
+
+
+AttentionInterface.register(NAME, _attention)
+AttentionMaskInterface.register(NAME, make_mask)
