@@ -83,7 +83,14 @@ def test_the_runtime_needs_three_packages() -> None:
 def test_the_links_are_relative() -> None:
     for name in LINKS:
         assert os.readlink(ROOT / "kvsmith" / name) == os.path.join("..", name)
-    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_a_foreign_package_named_kernels_wins(tmp_path: Path) -> None:
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").touch()
+    path = f"import sys; sys.path.append({str(tmp_path)!r}); import kernels, kvsmith.kernels.pack"
+    done = _python("-c", f"{path}; print(kernels.__file__)", cwd=ROOT)
+    assert Path(done.stdout.strip()).is_relative_to(tmp_path), done.stderr
 
 
 def _copy(target: Path) -> Path:
@@ -128,10 +135,9 @@ def test_the_wheel_holds_every_file_and_imports(tmp_path: Path) -> None:
     links = {f"{name}/{file}" for name in LINKS for file in _files(tree / name)}
     assert all(any(file.startswith(f"{name}/") for file in links) for name in LINKS)
     assert packed == {f"kvsmith/{file}" for file in links | _files(tree / "kvsmith")}
-    program = "import kvsmith, kvsmith.kernels.pack.api, kvsmith.pipeline as p; print(p.__file__)"
-    done = _python(
-        "-c", f"import sys; sys.path.insert(0, '.'); {program}", cwd=tmp_path / "installed"
-    )
+    program = "import kvsmith.kernels.pack.api as a, kvsmith.pipeline; print(a.__file__)"
+    path = f"import sys; sys.path.insert(0, '.'); {program}"
+    done = _python("-c", path, cwd=tmp_path / "installed")
     assert done.returncode == 0, done.stderr
     assert Path(done.stdout.strip()).is_relative_to(tmp_path)
 
