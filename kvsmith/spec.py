@@ -26,7 +26,7 @@ StoreDtype = Literal["float16", "bfloat16", "float32"]
 class Identity:
     """Tokens stay as they are, in the model's dtype."""
 
-    kind: Literal["identity"] = "identity"
+    kind: Literal["identity"] = field(default="identity", kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Uniform:
         range: "calibrated" (axis "channel" alone) or "online".
     """
 
-    kind: Literal["uniform"] = "uniform"
+    kind: Literal["uniform"] = field(default="uniform", kw_only=True)
     bits: int = 4
     axis: Axis = "token"
     group_size: int | None = None
@@ -64,7 +64,7 @@ class NUQ:
             values (KVQuant v1, Q-Norm).
     """
 
-    kind: Literal["nuq"] = "nuq"
+    kind: Literal["nuq"] = field(default="nuq", kw_only=True)
     bits: int = 4
     axis: Axis = "token"
     group_size: int | None = None
@@ -90,7 +90,7 @@ class StaticThreshold:
             end, and N = round(fraction * KV width) slots are stored a token.
     """
 
-    kind: Literal["static_threshold"] = "static_threshold"
+    kind: Literal["static_threshold"] = field(default="static_threshold", kw_only=True)
     fraction: float = 0.01
 
     def __post_init__(self) -> None:
@@ -109,7 +109,7 @@ class TopK:
         fraction: share of elements in [0, 0.5).
     """
 
-    kind: Literal["top_k"] = "top_k"
+    kind: Literal["top_k"] = field(default="top_k", kw_only=True)
     fraction: float = 0.01
 
     def __post_init__(self) -> None:
@@ -209,7 +209,7 @@ class CodecSpec:
 class KeepAll:
     """No eviction: every token stays."""
 
-    kind: Literal["keep_all"] = "keep_all"
+    kind: Literal["keep_all"] = field(default="keep_all", kw_only=True)
 
 
 @dataclass(frozen=True)

@@ -237,7 +237,7 @@ def _attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The attention function that transformers calls; q, k, v [B, heads, T, D] -> [B, T, Hq, Dv]."""
+    """What transformers calls; q, k, v [B, heads, T, D] -> [B, T, Hq, Dv]."""
     seam = SEAMS.get(module)
     handle: Handle | None = getattr(key, HANDLE, None)
     if seam is not None and handle is not None and seam.call is not None:
