@@ -12,9 +12,9 @@ from kvsmith.errors import explain
 from kvsmith.pipeline.statistics.base import Statistic, take
 
 BINS = 1024
-# A float32 has 24 significant bits: a finer grid than 2^-23 of the largest value tells nothing
+# A float32 has 24 significant bits: a finer grid than 2^-24 of the largest value tells nothing
 # apart.
-FINEST = -23
+FINEST = -24
 LOWEST_EXPONENT = -100  # keeps 2^-e within float32
 
 
@@ -115,7 +115,7 @@ class ChannelHistogram(Statistic):
 
 def _bin(values: Tensor, exponent: Tensor) -> Tensor:
     """floor(values / 2^exponent), exact since a power of two only moves the exponent; int32."""
-    power = torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), -exponent)
+    power = ((127 - exponent) << 23).view(torch.float32)  # 2^-exponent, by its bits
     return torch.floor(values * power).to(torch.int32)
 
 
@@ -123,9 +123,10 @@ def _least_exponent(low: Tensor, high: Tensor) -> Tensor:
     """The smallest exponents that fit [low, high] into the bins, [C] int32; monotone in it."""
     empty = low > high
     low, high = low.masked_fill(empty, 0.0), high.masked_fill(empty, 0.0)
-    magnitude = torch.frexp(torch.maximum(low.abs(), high.abs())).exponent
-    span = torch.frexp((high.double() - low.double()) / BINS).exponent - 1
-    least = torch.maximum(magnitude + FINEST, span).clamp(min=LOWEST_EXPONENT).to(torch.int32)
+    least = torch.full_like(low, LOWEST_EXPONENT, dtype=torch.int32)
+    for size, offset in ((torch.maximum(low.abs(), high.abs()), FINEST), ((high - low) / BINS, -1)):
+        exponent = torch.frexp(size).exponent + offset
+        least = torch.where(size > 0, torch.maximum(least, exponent), least)
     while (wide := _bin(high[None], least)[0] - _bin(low[None], least)[0] >= BINS).any():
         least += wide.to(torch.int32)
     return least

@@ -1,0 +1,1 @@
+"""Independent derivations of the published methods; they import nothing of ours."""
