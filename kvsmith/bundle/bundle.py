@@ -93,12 +93,12 @@ class Bundle:
         program = created_by or f"kvsmith {__version__}"
         numbers = {name: float(value) for name, value in (quality or {}).items()}
         manifest = Manifest(FORMAT, VERSION, program, base, spec, calibration, {}, numbers)
-        check_parameters(spec, base.geometry, parameters, "parameters")
-        own = {name: t.detach().cpu().contiguous() for name, t in parameters.items()}
-        bundle = Bundle(manifest, own, model_card(manifest))
-        manifest = replace(manifest, files=_infos(bundle._contents()))
         read_manifest(write_manifest(manifest), MANIFEST)  # what we write can be read
-        return replace(bundle, manifest=manifest)
+        check_parameters(spec, base.geometry, parameters, "parameters")
+        names = expected_tensors(spec, base.geometry)
+        own = {name: parameters[name].detach().cpu().contiguous() for name in names}
+        bundle = Bundle(manifest, own, model_card(manifest))
+        return replace(bundle, manifest=replace(manifest, files=_infos(bundle._contents())))
 
     def cache(self, model: Any) -> KVCache:
         """A fresh, empty cache for `generate(..., past_key_values=cache)`.
@@ -232,7 +232,8 @@ def _load(folder: Path, source: str, links_into: Path | None) -> Bundle:
             left = {n: t for n, t in expected.items() if n not in parameters}
             parameters.update(decode(file, info, left, path))
     check_parameters(manifest.cache, manifest.base_model.geometry, parameters, str(folder))
-    return Bundle(manifest, parameters, card, source)
+    ordered = {n: parameters[n] for n in expected}
+    return Bundle(manifest, ordered, card, source)
 
 
 def _read_card(raw: bytes, info: FileInfo, where: str) -> str:

@@ -93,14 +93,13 @@ def write_manifest(manifest: Manifest) -> bytes:
 
 def seal(data: dict[str, Any]) -> bytes:
     """Write plain data with its checksum: SHA-256 of the file in which the checksum is 64 zeros."""
-    raw = json.dumps(
-        {**data, "checksum": _UNSEALED},
-        sort_keys=True,
-        indent=2,
-        ensure_ascii=False,
-        allow_nan=False,
-    )
-    blank = f"{raw}\n".encode()
+    whole = {**data, "checksum": _UNSEALED}
+    try:
+        raw = json.dumps(whole, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False)
+        blank = f"{raw}\n".encode()
+    except ValueError as error:  # NaN, or half a character
+        reason = f"({printable(str(error), 120)})"
+        raise refuse(MANIFEST, "content", "valid Unicode and finite", reason) from None
     field = b'\n  "checksum": "%s"'  # with this indent it can only be the top level's
     zeros, digest = _UNSEALED.encode(), hashlib.sha256(blank).hexdigest().encode()
     return blank.replace(field % zeros, field % digest, 1)
@@ -127,7 +126,10 @@ def read_manifest(raw: bytes, where: str) -> Manifest:
     try:
         manifest = from_dict(Manifest, data, where)
     except (ValueError, TypeError) as error:
-        raise BundleError(printable(str(error))) from None
+        text = str(error)
+        raise BundleError(
+            printable(text if text.startswith(where) else f"{where}: {text}")
+        ) from None
     _check_complete(to_dict(manifest), data, where)
     check_manifest(manifest, where)
     return manifest

@@ -38,6 +38,7 @@ def read_object(raw: bytes, where: str) -> dict[str, Any]:
             parse_constant=_no_constant,
             parse_float=_finite,
         )
+        json.dumps(data, ensure_ascii=False).encode()  # an escape may name half a character
     except (ValueError, RecursionError) as error:
         raise refuse(
             where, "file", "valid JSON", f"({printable(str(error), 120)})", DAMAGED
