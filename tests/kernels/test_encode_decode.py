@@ -69,9 +69,7 @@ def test_keys_equal_the_oracle(bits, fraction):
     levels = lut.double().numpy()
     settled = _settled(normal, levels)
     assert settled.mean() > 0.999
-    assert np.array_equal(
-        _codes(codec, tensors)[settled], oracle.nearest(normal, levels)[settled]
-    )
+    assert np.array_equal(_codes(codec, tensors)[settled], oracle.nearest(normal, levels)[settled])
     slots = round(fraction * HEADS * DIM)
     keep = np.zeros_like(normal, dtype=bool)
     for t, row in enumerate(np.abs(normal)):
@@ -112,7 +110,7 @@ def test_values_equal_the_oracle(bits, fraction):
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_uniform_groups_equal_kivi(bits):
-    """KIVI s3, arXiv:2402.02750: keys per channel in groups of tokens, values per token in groups."""
+    """KIVI s3, arXiv:2402.02750: keys per channel over tokens, values per token over channels."""
     x, group = _sample(tokens=64), 16
     levels = 2**bits - 1
     for spec, axis in (
@@ -149,7 +147,9 @@ def test_outlier_indices_are_distinct_under_ties():
 def test_float16_store_clamps_instead_of_overflowing():
     x = torch.randn(1, HEADS, 16, DIM)
     x[0, 0, 3, 5], x[0, 1, 4, 6] = 3e5, -3e5
-    codec = Codec(TensorCodec(NUQ(bits=4, table="nf"), TopK(0.01)), HEADS, DIM, torch.float16, {}, "v")
+    codec = Codec(
+        TensorCodec(NUQ(bits=4, table="nf"), TopK(0.01)), HEADS, DIM, torch.float16, {}, "v"
+    )
     assert codec.decode(codec.encode(x)).isfinite().all()
 
 

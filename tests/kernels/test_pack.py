@@ -18,7 +18,7 @@ def test_round_trip_is_exact(bits, dim):
 
 
 def test_the_documented_layout():
-    """Four bits: byte j holds channel j below and channel j + D/2 above, the two that RoPE pairs."""
+    """Four bits: byte j holds channel j below and channel j + D/2 above, a RoPE pair."""
     codes = torch.arange(8, dtype=torch.uint8)
     assert pack(codes, 4).tolist() == [4 * 16 + 0, 5 * 16 + 1, 6 * 16 + 2, 7 * 16 + 3]
     # Three bits: the two low bits of all channels, then the third.
