@@ -1,11 +1,13 @@
 """The seam to transformers: all that the runtime knows of it stands in this folder.
 
 `geometry` reads a model's shape, `masks` and `seam` hook into its attention, `cache` is what
-`generate(past_key_values=...)` takes. Public interfaces only; no model file is patched.
+`generate(past_key_values=...)` takes, `dense` serves families without the attention interface and
+`observe` lets calibration watch. Public interfaces only; no model file is patched.
 """
 
 from kvsmith.hf.cache import KVCache, make_cache
 from kvsmith.hf.geometry import geometry
-from kvsmith.hf.seam import attach, observe_kv
+from kvsmith.hf.observe import observe_kv
+from kvsmith.hf.seam import attach
 
 __all__ = ["KVCache", "attach", "geometry", "make_cache", "observe_kv"]

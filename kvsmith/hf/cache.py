@@ -11,10 +11,11 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from kvsmith.attention import Scores, attend_store
+from kvsmith.attention import Rotation, Scores, attend_store
 from kvsmith.codec import Codec
 from kvsmith.errors import explain
 from kvsmith.geometry import ModelGeometry
+from kvsmith.hf import dense
 from kvsmith.hf.geometry import geometry
 from kvsmith.hf.masks import LazyMask, TensorMask
 from kvsmith.hf.seam import HANDLE, Seam, SeamCache, attach
@@ -52,27 +53,15 @@ class LayerHandle:
     ) -> torch.Tensor:
         """Rotate and attend; see `attention.attend_store`."""
         assert seam.call is not None
-        call, cache = seam.call, self.cache
-        pre = cache.spec.codec.key_domain == "pre"
-
-        def rotate(
-            keys: torch.Tensor, start: int | None, columns: torch.Tensor | None
-        ) -> torch.Tensor:
-            if not pre or call.source is None or not seam.uses_rope:
-                return keys
-            stop = 0 if start is None else start + keys.shape[2]
-            return seam.turn(
-                keys, cache.positions.cos_sin(call.source, q.dtype, start, stop, columns)
-            )
-
+        cache = self.cache
         out = attend_store(
-            seam.turn(q, call.rope),
+            seam.turn(q, seam.call.rope),
             seam.turn(k, self.rope),
             v,
             cache.stores[self.layer],
             self.before,
             mask,
-            rotate,
+            cache.rotation(seam, q.dtype),
             scores,
         )
         if seam.layer == len(cache.layers) - 1:
@@ -148,18 +137,57 @@ class KVCache(Cache, SeamCache):
                     "Make a cache for this model.",
                 )
             )
-        store, call = self.stores[layer_idx], seam.call
-        before = store.length
-        if call.positions is not None and self.positions.length == before:
-            if self.spec.codec.key_domain == "pre":
-                self.positions.append(call.positions)
-        stored = (
-            key_states if self.spec.codec.key_domain == "pre" else seam.turn(key_states, call.rope)
-        )
-        store.append(stored, value_states, getattr(call.mask, "padding", None))
+        store, before = self.stores[layer_idx], self.stores[layer_idx].length
+        if seam.call.positions is not None and self.positions.length == before and self._pre:
+            self.positions.append(seam.call.positions)
+        if not seam.deferred:
+            return self._update_dense(seam, store, key_states, value_states)
+        if self._pre and seam.uses_rope and seam.call.source is None:
+            raise ValueError(
+                explain(
+                    f"layers.{layer_idx}",
+                    "rotary module",
+                    "seen by a hook, for keys before RoPE",
+                    "nothing",
+                    "Set codec.key_domain=post.",
+                )
+            )
+        stored = key_states if self._pre else seam.turn(key_states, seam.call.rope)
+        store.append(stored, value_states, getattr(seam.call.mask, "padding", None))
         handed = key_states.view_as(key_states)
-        setattr(handed, HANDLE, LayerHandle(self, layer_idx, before, call.rope))
+        setattr(handed, HANDLE, LayerHandle(self, layer_idx, before, seam.call.rope))
         return handed, value_states
+
+    def _update_dense(
+        self, seam: Seam, store: LayerStore, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """For modules that attend by themselves: all keys, rotated, and values of the layer."""
+        before, heads = store.length, store.geometry.kv_heads
+        new = dense.one_of_each_group(k, heads)
+        stored = dense.unrotate(seam, new) if self._pre else new
+        assert seam.call is not None
+        store.append(stored, dense.one_of_each_group(v, heads), dense.padding_of(seam.call.mask))
+        old = dense.rebuild(store, before, self.rotation(seam, k.dtype), k, v)
+        return dense.join(old[0], k), dense.join(old[1], v)
+
+    @property
+    def _pre(self) -> bool:
+        return self.spec.codec.key_domain == "pre"
+
+    def rotation(self, seam: Seam, dtype: torch.dtype) -> Rotation:
+        """RoPE of stored keys for one attention module, with cos and sin in `dtype`."""
+        call = seam.call
+        assert call is not None
+
+        def rotate(
+            k: torch.Tensor, start: int | None, columns: torch.Tensor | None
+        ) -> torch.Tensor:
+            if not self._pre or call.source is None or not seam.uses_rope:
+                return k
+            stop = 0 if start is None else start + k.shape[2]
+            return seam.turn(k, self.positions.cos_sin(call.source, dtype, start, stop, columns))
+
+        return rotate
 
     # ... sizes
 

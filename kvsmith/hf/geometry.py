@@ -52,9 +52,11 @@ def geometry(config: Any) -> ModelGeometry:
 def _layer_geometry(config: Any, window: int | None) -> LayerGeometry:
     heads = config.num_attention_heads
     dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return LayerGeometry(
-        getattr(config, "num_key_value_heads", None) or heads, heads, dim, dim, window
-    )
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    if config.model_type == "falcon":
+        grouped = config.new_decoder_architecture or not config.multi_query
+        kv_heads = config.num_kv_heads if grouped else 1
+    return LayerGeometry(kv_heads, heads, dim, dim, window)
 
 
 def _owners(types: list[str], shared: int) -> tuple[int, ...]:

@@ -10,10 +10,9 @@ had, unchanged.
 
 from __future__ import annotations
 
-import contextlib
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -76,6 +75,8 @@ class Attachment:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.implementation: str = model.config._attn_implementation
+        # Without the attention interface a module rotates and attends by itself (`hf.dense`).
+        self.deferred = bool(model._can_set_attn_implementation())
         self.observer: Observer | None = None
         self.geometry = geometry(model.config)
         self._calls: dict[int, tuple[torch.Tensor, RotarySource, torch.Tensor]] = {}
@@ -110,7 +111,7 @@ class Attachment:
             for cos, source, positions in self._calls.values():
                 if _same_memory(cos, rope[0]):
                     call.source, call.positions = source, positions
-            kwargs = {**kwargs, "position_embeddings": seam.identity(rope)}
+            kwargs = {**kwargs, "position_embeddings": seam.offer(rope)}
         seam.call = call
         if isinstance(cache, SeamCache):
             cache.begin(seam)
@@ -126,25 +127,28 @@ class Seam:
 
     def __init__(self, attachment: Attachment, module: nn.Module) -> None:
         self.attachment = attachment
+        self.deferred = attachment.deferred
+        # GPT-J and CodeGen rotate with a table of their own.
+        self.hidden_rope = not self.deferred and hasattr(module, "embed_positions")
         self.layer = int(module.layer_idx)  # type: ignore[arg-type]
         self.rotate: Rotate | None = rotation_function(module)
         self.uses_rope: bool | None = None
         self.call: Call | None = None
 
-    def identity(self, rope: CosSin) -> CosSin:
-        """cos = 1 and sin = 0; the first time as probes that notice whether the module rotates at
-        all.
+    def offer(self, rope: CosSin) -> CosSin:
+        """What the module gets as position embeddings: cos = 1 and sin = 0 where RoPE is deferred.
+
+        The first cos is a probe that notices whether the module rotates at all.
         """
-        cos, sin = (
-            torch.full((1, 1, 1), x, dtype=rope[0].dtype, device=rope[0].device) for x in (1.0, 0.0)
-        )
-        pair = (cos.expand(rope[0].shape), sin.expand(rope[1].shape))
-        if self.uses_rope is not None:
-            return pair
-        self.uses_rope = False
-        probe = pair[0].as_subclass(_Probe)
-        probe.seam = self
-        return probe, pair[1]
+        cos, sin = rope
+        if self.deferred:
+            one = torch.ones((1, 1, 1), dtype=cos.dtype, device=cos.device)
+            cos, sin = one.expand(cos.shape), torch.zeros_like(one).expand(sin.shape)
+        if self.uses_rope is None:
+            self.uses_rope = False
+            cos = cos.as_subclass(_Probe)
+            cos.seam = self
+        return cos, sin
 
     def turn(self, x: torch.Tensor, rope: CosSin | None) -> torch.Tensor:
         """Rotate [B, H, T, D] where this module rotates, in the dtype of x."""
@@ -190,41 +194,17 @@ def attach(model: PreTrainedModel) -> None:
     nothing.
 
     Raises:
-        ValueError: the architecture has no attention interface.
+        ValueError: the architecture is not supported.
     """
     if model in ATTACHED:
         return
     geometry(model.config)
-    if not model._can_set_attn_implementation() or not _attention_modules(model):
-        raise ValueError(
-            explain(
-                f"model ({model.config.model_type})",
-                "attention",
-                "of a family with the attention interface",
-                "its own",
-            )
-        )
-    ATTACHED[model] = Attachment(model)
-    model.set_attn_implementation(NAME)
-
-
-@contextlib.contextmanager
-def observe_kv(model: PreTrainedModel, callback: Observer) -> Iterator[None]:
-    """Show keys and values as a cache would store them, during forward passes without a cache.
-
-    Args:
-        model: any supported model.
-        callback: called once per owning layer and forward pass with (layer, k [B, H, T, D] before
-            RoPE, v [B, H, T, D]); the tensors are the live ones, so hooks on them see gradients.
-    """
-    attach(model)
-    attachment = ATTACHED[model]
-    assert attachment.observer is None, "one observer at a time"
-    attachment.observer = callback
-    try:
-        yield
-    finally:
-        attachment.observer = None
+    if not _attention_modules(model):
+        where = f"model ({model.config.model_type})"
+        raise ValueError(explain(where, "attention", "in modules that know their layer", "none"))
+    ATTACHED[model] = attachment = Attachment(model)
+    if attachment.deferred:
+        model.set_attn_implementation(NAME)
 
 
 def _attention(
