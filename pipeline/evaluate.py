@@ -1,0 +1,241 @@
+"""evaluate.py: what compressed caches cost and save, beside full precision and baselines.
+
+Everything is measured through the cache that `model.generate` would use; nothing is simulated.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kvsmith.errors import explain
+from kvsmith.pipeline.calibration import weights_hash
+from kvsmith.pipeline.config import DebugConfig, output_path, repository_root
+from kvsmith.pipeline.data import DataConfig, token_blocks
+from kvsmith.pipeline.evaluation.candidate import FULL, Candidate
+from kvsmith.pipeline.evaluation.find import (
+    baseline_candidates,
+    bundle_candidates,
+    shown,
+)
+from kvsmith.pipeline.evaluation.measure import Material, Measuring, versions
+from kvsmith.pipeline.evaluation.options import Options, Sizes, sizes
+from kvsmith.pipeline.evaluation.recall import plant, words_of
+from kvsmith.pipeline.log import LoggerConfig, NoLogger, Run
+from kvsmith.pipeline.model import ModelConfig, load_model
+from kvsmith.pipeline.report import table
+from kvsmith.pipeline.report.table import Row
+from kvsmith.pipeline.stage import atomic_write, write_json
+from kvsmith.strict import to_dict
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """What is compared, and on what.
+
+    Args:
+        model: the model.
+        data: text; its held-out split is used.
+        bundle: a folder or a list of them; None takes the newest bundle of each codec for the
+            model, "none" takes none.
+        bundles: where bundles are looked for.
+        calibrations: where the histograms of codebooks are looked for.
+        baselines: names of `conf/codec` that need no calibration.
+        measure: what is measured.
+        results: folder of finished measurements, which are not done again.
+        logger: where else figures go.
+        debug: `smoke` measures on toy sizes (conf/debug/evaluate).
+    """
+
+    model: ModelConfig
+    data: DataConfig
+    # A string or a list: both are written on the command line.
+    bundle: Any = None
+    bundles: str = "artifacts/bundles"
+    calibrations: str = "artifacts/calibration"
+    baselines: tuple[str, ...] = ()
+    measure: Options = field(default_factory=Options)
+    results: str = "runs/evaluate/results"
+    logger: LoggerConfig = field(default_factory=NoLogger)
+    debug: DebugConfig = field(default_factory=DebugConfig)
+
+    def __post_init__(self) -> None:
+        asked = self.bundle if isinstance(self.bundle, list) else [self.bundle or "none"]
+        if not all(isinstance(path, str) for path in asked):
+            raise TypeError(
+                explain("bundle", "value", "a folder or a list of folders", repr(self.bundle))
+            )
+
+    @property
+    def asked(self) -> list[str] | None:
+        """Folders asked for; None takes the newest of each codec."""
+        if self.bundle is None:
+            return None
+        if self.bundle == "none":
+            return []
+        return list(self.bundle) if isinstance(self.bundle, list) else [self.bundle]
+
+
+def run(cfg: EvaluateConfig, folder: Path) -> list[Row]:
+    """Measure, compare, and leave `results.json`, `table.md` and figures in `folder`.
+
+    Args:
+        cfg: what is compared.
+        folder: this run's own folder.
+
+    Returns:
+        One row a candidate, by all-in bits, the largest first.
+
+    Raises:
+        FileNotFoundError: no bundle is found.
+        ValueError: a bundle belongs to another model, or the text or the model's context is too
+            short.
+    """
+    with Run(folder, cfg.logger, cfg) as log:
+        model, tokenizer = load_model(cfg.model)
+        candidates = [FULL, *gather(cfg, model)]
+        size = sizes(cfg.measure, int(model.config.get_text_config().max_position_embeddings))
+        material = read_material(cfg, size, tokenizer, model.device)
+        measure = Measuring(model, material, cfg.measure, size, output_path(cfg.results), log)
+        rows = table.ordered(candidates, measure(candidates))
+        report(cfg, rows, size, model, folder, log)
+        return rows
+
+
+def gather(cfg: EvaluateConfig, model: PreTrainedModel) -> list[Candidate]:
+    """The bundles and baselines that `cfg` names, for `model`."""
+    bundles = bundle_candidates(cfg.asked, output_path(cfg.bundles), cfg.model.label, model)
+    return [*bundles, *baseline_candidates(cfg.baselines, model)]
+
+
+def read_material(
+    cfg: EvaluateConfig, size: Sizes, tokenizer: PreTrainedTokenizerBase, device: torch.device
+) -> Material:
+    """Held-out windows, and the same windows with strings planted in them.
+
+    Raises:
+        ValueError: the held-out text is too short, or there are fewer windows than prompts or
+            texts.
+    """
+    o = cfg.measure
+    count = None if isinstance(o.windows.count, str) else o.windows.count
+    windows = token_blocks(
+        tokenizer, cfg.data, "heldout", count, size.length, None if count is None else o.seed
+    )
+    for name, value in (("greedy.prompts", o.greedy.prompts), ("recall.texts", o.recall.texts)):
+        if value > len(windows):
+            raise ValueError(
+                explain(f"measure.{name}", "value", f"at most the {len(windows)} windows", value)
+            )
+    words = words_of(tokenizer.decode(windows.flatten().tolist()))
+    texts = windows[: o.recall.texts, : size.length - o.recall.key_tokens]
+    planted = plant(
+        texts, o.recall.depths, words, tokenizer, o.recall.key_tokens, o.recall.cue_tokens, o.seed
+    )
+    return Material(windows, planted).to(device)
+
+
+def report(
+    cfg: EvaluateConfig,
+    rows: Sequence[Row],
+    size: Sizes,
+    model: PreTrainedModel,
+    folder: Path,
+    log: Run,
+) -> None:
+    """Show the table; write it as Markdown and JSON, and the figures."""
+    title = f"{cfg.model.label} on held-out {cfg.data.kind}"
+    lines = protocol(cfg, rows, size, model)
+    log.table(title, table.COLUMNS, [table.cells(row) for row in rows])
+    for line in (*lines, *table.comparisons(rows)):
+        log.say(line)
+    atomic_write(folder / "table.md", table.markdown(title, lines, rows).encode())
+    facts = {
+        "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "commit": commit(),
+        "versions": versions(),
+        "seed": cfg.measure.seed,
+        "protocol": lines,
+        "config": to_dict(cfg),
+        "rows": [table.plain(row) for row in rows],
+        "comparisons": table.comparisons(rows),
+    }
+    write_json(folder / "results.json", facts)
+    names = ["table.md", "results.json", *figures(cfg, rows, model, folder, title, log)]
+    log.say(f"written to {shown(folder)}: {', '.join(names)}")
+
+
+def protocol(
+    cfg: EvaluateConfig, rows: Sequence[Row], size: Sizes, model: PreTrainedModel
+) -> list[str]:
+    """How it was measured, in sentences."""
+    found = rows[0].found
+    f, a, r, s = found.fidelity, found.agreement, found.recall, found.footprint
+    o = cfg.measure
+    dtype = str(model.dtype).removeprefix("torch.")
+    text = size.length - o.recall.key_tokens
+    return [
+        f"Perplexity and KLD: {f.windows} windows of {size.length} tokens without overlap (seed "
+        f"{o.seed}); {size.prefill} tokens read in one pass, then chunks of {o.windows.chunk} "
+        f"through the cache; {f.tokens:,} tokens scored, all after the prefill. "
+        f"{dtype} on {model.device.type}.",
+        f"Greedy: {a.prompts} prompts of {o.greedy.prompt_tokens} tokens, {a.new_tokens} new ones. "
+        f"Recall: {r.keys} random strings ({o.recall.texts} texts of {text} tokens x "
+        f"{len(o.recall.depths)} depths), {o.recall.cue_tokens} tokens given, {r.tokens} to copy.",
+        f"Bytes and speed: one row of {s.length} tokens; median of {s.repeats} x {s.timed_tokens} "
+        f"tokens, one at a time, {torch.get_num_threads()} threads.",
+    ]
+
+
+def figures(
+    cfg: EvaluateConfig,
+    rows: Sequence[Row],
+    model: PreTrainedModel,
+    folder: Path,
+    title: str,
+    log: Run,
+) -> list[str]:
+    """Draw what can be drawn; the names of the files."""
+    if importlib.util.find_spec("matplotlib") is None:
+        log.say("no figures: matplotlib is not installed (pip install 'kvsmith[report]')")
+        return []
+    from kvsmith.pipeline.report.codebooks import calibration_of, plot_codebooks, read_codebooks
+    from kvsmith.pipeline.report.plots import plot_losses
+
+    names = []
+    if len(rows) > 1:
+        plot_losses(rows, folder / "losses.png", title)
+        names.append("losses.png")
+    root, weights = output_path(cfg.calibrations) / cfg.model.label, weights_hash(model)
+    for row in rows:
+        source = calibration_of(row.candidate, root, weights)
+        books = read_codebooks(row.candidate, source) if source else []
+        if books:
+            names.append(f"codebooks-{row.name}.png")
+            plot_codebooks(books, folder / names[-1], row.name)
+    return names
+
+
+def commit() -> str | None:
+    """The repository's commit, None outside of one."""
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            cwd=repository_root(),
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

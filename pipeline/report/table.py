@@ -1,0 +1,155 @@
+"""The table of an evaluation as cells, Markdown and plain data; bundles compared with baselines."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kvsmith.pipeline.evaluation.candidate import Candidate
+from kvsmith.pipeline.evaluation.fidelity import paired
+from kvsmith.pipeline.evaluation.measure import Measurement
+from kvsmith.strict import to_dict
+
+COLUMNS = (
+    "method",
+    "bits/elem",
+    "KV bytes",
+    "ppl",
+    "ppl %",
+    "+-",
+    "KLD",
+    "KLD 99.9%",
+    "top-1 %",
+    "greedy %",
+    "greedy len",
+    "recall %",
+    "tok/s",
+)
+
+LEGEND = (
+    "bits/elem and KV bytes: every allocated byte of one row at the window's length; ppl %: change "
+    "of perplexity against full precision, +- its standard error paired by window; KLD: nats a "
+    "token, mean and 99.9 percentile; top-1: most likely token as in full precision; greedy: equal "
+    "tokens and mean length to the first difference; recall: planted strings copied without error."
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One candidate and what was measured."""
+
+    candidate: Candidate
+    found: Measurement
+
+    @property
+    def bits(self) -> float:
+        """All-in bits an element."""
+        return self.found.footprint.bits_per_element
+
+    @property
+    def name(self) -> str:
+        """The candidate's name."""
+        return self.candidate.name
+
+
+def ordered(candidates: Sequence[Candidate], found: Sequence[Measurement]) -> list[Row]:
+    """Rows by all-in bits, the largest first; names break ties."""
+    rows = [Row(c, m) for c, m in zip(candidates, found, strict=True)]
+    return sorted(rows, key=lambda row: (-row.bits, row.name))
+
+
+def cells(row: Row) -> list[str]:
+    """One row under `COLUMNS`."""
+    size, fidelity = row.found.footprint, row.found.fidelity
+    full = row.candidate.role == "full"
+    return [
+        row.name,
+        f"{size.bits_per_element:.2f}",
+        f"{size.nbytes:,}",
+        f"{fidelity.perplexity:.3f}",
+        "" if full else f"{100 * fidelity.delta:+.2f}",
+        "" if full or fidelity.delta_se is None else f"{100 * fidelity.delta_se:.2f}",
+        "" if full else f"{fidelity.kld:.2e}",
+        "" if full else f"{fidelity.kld_999:.2e}",
+        "" if full else f"{100 * fidelity.top1:.2f}",
+        "" if full else f"{100 * row.found.agreement.match:.0f}",
+        f"{row.found.agreement.length:.0f}",
+        f"{100 * row.found.recall.exact:.0f}",
+        f"{size.tokens_per_second:.0f}",
+    ]
+
+
+def comparisons(rows: Sequence[Row]) -> list[str]:
+    """For each bundle, by perplexity on the same windows: what it beats, and what beats it."""
+    baselines = [row for row in rows if row.candidate.role == "baseline"]
+    return [_compare(row, baselines) for row in rows if row.candidate.role == "bundle"]
+
+
+def _compare(bundle: Row, baselines: Sequence[Row]) -> str:
+    """One line; a baseline that costs less and is worse says nothing either way and is left out."""
+    dearer = [b for b in baselines if b.bits >= bundle.bits]
+    beaten = [b for b in dearer if _gap(bundle, b)[0] < 0]
+    ahead = [b for b in dearer if b not in beaten]
+    cheaper = [b for b in baselines if b.bits < bundle.bits and _gap(bundle, b)[0] >= 0]
+    parts = []
+    if dearer:
+        parts.append(
+            f"beats {len(beaten)} of {len(dearer)} baselines that cost as much or more"
+            + _named(bundle, beaten)
+        )
+    if ahead:
+        parts.append("beaten at a higher cost by" + _named(bundle, ahead, ""))
+    if cheaper:
+        parts.append("beaten at a lower cost by" + _named(bundle, cheaper, ""))
+    elif baselines:
+        parts.append("by none that costs less")
+    delta = 100 * bundle.found.fidelity.delta
+    text = "; ".join(parts) or "no baselines"
+    return f"{bundle.name} at {bundle.bits:.2f} bits, {delta:+.2f} % perplexity: {text}."
+
+
+def _named(bundle: Row, others: Sequence[Row], brackets: str = "()") -> str:
+    if not others:
+        return ""
+    names = [
+        f"{o.name} {o.bits:.2f}b {100 * o.found.fidelity.delta:+.2f} %{_doubt(bundle, o)}"
+        for o in others
+    ]
+    text = ", ".join(names)
+    return f" ({text})" if brackets else f" {text}"
+
+
+def _gap(first: Row, second: Row) -> tuple[float, float | None]:
+    """Paired difference of mean loss, nats a token: negative where `first` is better."""
+    d = paired(first.found.fidelity.window_nll, second.found.fidelity.window_nll)
+    return d.mean, d.se
+
+
+def _doubt(bundle: Row, other: Row) -> str:
+    mean, se = _gap(bundle, other)
+    return " [within 2 se]" if se is None or abs(mean) < 2 * se else ""
+
+
+def markdown(title: str, protocol: Sequence[str], rows: Sequence[Row]) -> str:
+    """A Markdown page: title, how it was measured, table, comparisons."""
+    align = "|".join(["---", *("---:" for _ in COLUMNS[1:])])
+    table = [
+        f"| {' | '.join(COLUMNS)} |",
+        f"|{align}|",
+        *(f"| {' | '.join(cells(row))} |" for row in rows),
+    ]
+    bullets = [f"- {line}" for line in (*protocol, LEGEND)]
+    notes = [f"- {line}" for line in comparisons(rows)]
+    return "\n".join([f"# {title}", "", *bullets, "", *table, "", *notes]) + "\n"
+
+
+def plain(row: Row) -> dict[str, object]:
+    """One row as plain data, with every figure and the cache's specification."""
+    c = row.candidate
+    return {
+        "name": c.name,
+        "role": c.role,
+        "source": c.source,
+        "cache": to_dict(c.spec),
+        **to_dict(row.found),
+    }
