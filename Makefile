@@ -1,5 +1,4 @@
 # Needs Python >= 3.11 with pip, and make; everything else lands in .venv.
-# Without a GPU, `PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make setup` downloads far less.
 PYTHON ?= python3
 PY := .venv/bin/python
 PIP := $(PY) -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt
