@@ -1,0 +1,281 @@
+"""calibrate.py: statistics of a model's keys and values, and the parameters of codecs fitted to
+them.
+
+Two kinds of stages. `collect` streams the calibration tokens once, forward and backward, into
+statistics. `fit-<codec>-layer-000`, ... turn the statistics of a layer into a codec's parameters.
+Both skip what is finished; an interrupted pass goes on from its last checkpoint and ends in the
+same bytes.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kvsmith.errors import explain
+from kvsmith.layout import check_geometry
+from kvsmith.pipeline.calibration import (
+    RECORD,
+    Record,
+    Source,
+    describe_model,
+    fit_stages,
+    layer_file,
+    owns_parameters,
+    read_record,
+)
+from kvsmith.pipeline.codecs import codec_name, load_codec
+from kvsmith.pipeline.collect import Collect
+from kvsmith.pipeline.config import DebugConfig, output_path
+from kvsmith.pipeline.data import DataConfig, PydocsData, TextfileData, token_blocks, tokens_hash
+from kvsmith.pipeline.fit import Sensitivity
+from kvsmith.pipeline.log import LoggerConfig, NoLogger, Run
+from kvsmith.pipeline.model import ModelConfig, load_model
+from kvsmith.pipeline.stage import Stage, Stop, digest, locked, read_json, run_stage
+from kvsmith.pipeline.statistics import plan_for
+from kvsmith.spec import CacheSpec, CodecSpec, KeepAll
+
+CALIBRATIONS = "artifacts/calibration"
+STATISTICS_VERSION = 1  # raised when the same tokens give other statistics
+
+
+@dataclass(frozen=True)
+class CalibrateConfig:
+    """What is calibrated, and on what.
+
+    Args:
+        model: the model.
+        data: text; its calibration split is used.
+        codec: one more codec to fit; None fits `codecs` alone.
+        codecs: names of `conf/codec` whose parameters are fitted.
+        eviction: calibration does not depend on it.
+        samples: sequences.
+        length: tokens of a sequence.
+        batch_size: sequences a forward and backward pass.
+        sinks: first tokens of every sequence that are left out; the codecs' number of sinks.
+        seed: of the choice of sequences.
+        fisher: collect Fisher information, which takes the backward pass.
+        sensitivity: weights of the codebook fit: fisher, fisher_scale or none.
+        max_fraction: largest share of outliers that key ranges can be fitted with later.
+        value_fractions: shares of outliers that values are observed with.
+        checkpoint_seconds: time between checkpoints of the pass.
+        folder: where calibrations go; None is `artifacts/calibration`, or with `debug=smoke` the
+            folder of this run's logs.
+        logger: where else figures go.
+        debug: `debug=smoke` takes a few short sequences.
+    """
+
+    model: ModelConfig
+    data: DataConfig
+    codec: CodecSpec | None = None
+    codecs: tuple[str, ...] = ()
+    eviction: KeepAll = field(default_factory=KeepAll)
+    samples: int = 64
+    length: int = 512
+    batch_size: int = 8
+    sinks: int = 4
+    seed: int = 0
+    fisher: bool = True
+    sensitivity: Sensitivity = "fisher"
+    max_fraction: float = 0.02
+    value_fractions: tuple[float, ...] = (0.0, 0.01)
+    checkpoint_seconds: float = 20.0
+    folder: str | None = None
+    logger: LoggerConfig = field(default_factory=NoLogger)
+    debug: DebugConfig = field(default_factory=DebugConfig)
+
+    def __post_init__(self) -> None:
+        for name, least in (("samples", 1), ("batch_size", 1), ("sinks", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(explain(name, "value", f"at least {least}", getattr(self, name)))
+        if self.length < self.sinks + 2:
+            expected = f"at least sinks + 2 = {self.sinks + 2}"
+            raise ValueError(explain("length", "tokens of a sequence", expected, self.length))
+        for name, values in (
+            ("max_fraction", (self.max_fraction,)),
+            ("value_fractions", self.value_fractions),
+        ):
+            for value in values:
+                if not 0 <= value < 0.5:
+                    raise ValueError(explain(name, "share of elements", "in [0, 0.5)", value))
+        if not self.fisher and self.sensitivity != "none":
+            remedy = "Use sensitivity=none, or fisher=true."
+            raise ValueError(
+                explain("sensitivity", "value", "none with fisher=false", self.sensitivity, remedy)
+            )
+
+
+def smoke(cfg: CalibrateConfig, folder: Path) -> CalibrateConfig:
+    """The same on a few short sequences, away from calibrations that export.py would find."""
+    return replace(
+        cfg,
+        samples=min(cfg.samples, 4),
+        length=min(cfg.length, 128),
+        batch_size=min(cfg.batch_size, 2),
+        folder=cfg.folder or str(folder / "calibration"),
+    )
+
+
+def run(cfg: CalibrateConfig, folder: Path) -> Path:
+    """Calibrate.
+
+    Args:
+        cfg: what is asked for.
+        folder: of this run's logs.
+
+    Returns:
+        The calibration's folder, `artifacts/calibration/<model>/<hash8>`.
+
+    Raises:
+        FileNotFoundError, ValueError, TypeError: what the user got wrong, in one line.
+        SystemExit: 143 after SIGTERM; the same call then continues.
+    """
+    if cfg.debug.smoke:
+        cfg = smoke(cfg, folder)
+    codecs = _codecs(cfg)
+    with Run(folder, cfg.logger, cfg) as log, Stop() as stop:
+        model, tokenizer = load_model(cfg.model)
+        check_context(model, cfg.length)
+        tokens = token_blocks(
+            tokenizer, cfg.data, "calibration", cfg.samples, cfg.length, seed=cfg.seed
+        )
+        return calibrate(cfg, codecs, model, tokens, log, stop)
+
+
+def calibrate(
+    cfg: CalibrateConfig,
+    codecs: Mapping[str, CodecSpec],
+    model: PreTrainedModel,
+    tokens: Tensor,
+    log: Run,
+    stop: Stop,
+) -> Path:
+    """Calibrate a loaded model on tokens; arguments and result as of `run`."""
+    source = describe(cfg, codecs, model, tokens)
+    name = digest([STATISTICS_VERSION, source])[:8]
+    folder = output_path(cfg.folder or CALIBRATIONS) / cfg.model.label / name
+    with locked(folder):
+        _collect(cfg, source, model, tokens, folder, log, stop)
+        record = read_record(folder)
+        fitted = {n: c for n, c in codecs.items() if owns_parameters(c, record)}
+        _fit(cfg, record, fitted, folder, log, stop)
+    _report(record, fitted, folder, log)
+    return folder
+
+
+def describe(
+    cfg: CalibrateConfig, codecs: Mapping[str, CodecSpec], model: PreTrainedModel, tokens: Tensor
+) -> Source:
+    """Everything that the statistics will depend on."""
+    base, weights = describe_model(cfg.model, model)
+    for codec in codecs.values():
+        check_geometry(CacheSpec(codec), base.geometry)
+    total = tokens.shape[0] * (tokens.shape[1] - cfg.sinks)
+    plan = plan_for(codecs.values(), total, cfg.max_fraction, cfg.value_fractions, cfg.fisher)
+    dataset, revision = _dataset(cfg.data)
+    return Source(
+        base_model=base,
+        weights_hash=weights,
+        dtype=str(model.dtype).removeprefix("torch."),
+        dataset=dataset,
+        revision=revision,
+        seed=cfg.seed,
+        samples=cfg.samples,
+        length=cfg.length,
+        tokens_hash=tokens_hash(tokens),
+        batch_size=cfg.batch_size,
+        sinks=cfg.sinks,
+        plan=plan,
+    )
+
+
+def check_context(model: PreTrainedModel, length: int) -> None:
+    """Refuse sequences longer than the model was made for."""
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if limit is not None and length > limit:
+        expected = f"at most the model's context of {limit}"
+        raise ValueError(explain("length", "tokens of a sequence", expected, length))
+
+
+def _codecs(cfg: CalibrateConfig) -> dict[str, CodecSpec]:
+    codecs = {n: load_codec(n, f"codecs[{i}]") for i, n in enumerate(cfg.codecs)}
+    if cfg.codec is not None:
+        codecs[codec_name(cfg.codec)] = cfg.codec
+    return codecs
+
+
+def _dataset(data: DataConfig) -> tuple[str, str | None]:
+    if isinstance(data, PydocsData):
+        return data.kind, f"python {platform.python_version()}"
+    assert isinstance(data, TextfileData)
+    return Path(data.path).name, None
+
+
+def _collect(
+    cfg: CalibrateConfig,
+    source: Source,
+    model: PreTrainedModel,
+    tokens: Tensor,
+    folder: Path,
+    log: Run,
+    stop: Stop,
+) -> None:
+    collect = Collect(folder, source, model, tokens, cfg.checkpoint_seconds, log, stop)
+    files = [f"statistics/{layer_file(i)}.safetensors" for i in source.base_model.geometry.owners]
+    stage = Stage("collect", (), (RECORD, *files), collect.run, source)
+    if not run_stage(stage, folder):
+        log.say(f"statistics of {tokens.numel():,} tokens were collected before")
+    collect.clear()
+
+
+def _fit(
+    cfg: CalibrateConfig,
+    record: Record,
+    codecs: Mapping[str, CodecSpec],
+    folder: Path,
+    log: Run,
+    stop: Stop,
+) -> None:
+    total = len(record.source.base_model.geometry.owners) * len(codecs)
+    if not total:
+        log.say("no codec owns parameters; nothing to fit")
+        return
+    with log.progress(total, "fit") as bar:
+        for stage in fit_stages(folder, record, codecs, cfg.sensitivity):
+            run_stage(stage, folder)
+            bar.advance()
+            stop.leave_if_asked()
+
+
+def _report(record: Record, codecs: Mapping[str, CodecSpec], folder: Path, log: Run) -> None:
+    """A table of normalised errors, the perplexity, and where everything is."""
+    rows: list[list[str]] = []
+    sums: dict[str, float] = {}
+    owners = record.source.base_model.geometry.owners
+    for layer in owners:
+        row = [str(layer)]
+        for name in codecs:
+            errors = read_json(folder / "parameters" / name / f"{layer_file(layer)}.json")
+            row += [_cell(errors["k_rmse"]), _cell(errors["v_rmse"])]
+            for key in ("k_rmse", "v_rmse"):
+                column = f"{name}/{key}"
+                sums[column] = sums.get(column, 0.0) + (errors[key] or math.nan) / len(owners)
+        rows.append(row)
+    if codecs:
+        rows.append(["mean", *(_cell(value) for value in sums.values())])
+        columns = ["layer", *(f"{n} {x}" for n in codecs for x in "kv")]
+        log.table("error of elements within the range, in half widths of it (rms)", columns, rows)
+        log.scalars(0, {n: v for n, v in sums.items() if not math.isnan(v)})
+    tokens = record.source.samples * record.source.length
+    log.say(f"{tokens:,} tokens of {record.source.dataset}: perplexity {math.exp(record.loss):.2f}")
+    log.say(f"calibration in {folder}")
+
+
+def _cell(value: float | None) -> str:
+    return "-" if value is None or math.isnan(value) else f"{value:.4f}"

@@ -1,0 +1,83 @@
+"""Codecs by their names in `conf/codec/`."""
+
+from __future__ import annotations
+
+import difflib
+from functools import cache
+
+from kvsmith.errors import explain
+from kvsmith.pipeline.config import compose, conf_folder
+from kvsmith.pipeline.stage import digest
+from kvsmith.spec import CodecSpec
+from kvsmith.strict import from_dict
+
+
+def codec_names() -> list[str]:
+    """Names of all codecs, sorted."""
+    return sorted(path.stem for path in (conf_folder() / "codec").glob("*.yaml"))
+
+
+def load_codec(name: str, where: str = "codec") -> CodecSpec:
+    """Read `conf/codec/<name>.yaml`.
+
+    Args:
+        name: without `.yaml`.
+        where: configuration path that an error names.
+
+    Raises:
+        ValueError: there is no such codec; names near misses.
+    """
+    names = codec_names()
+    if name not in names:
+        close = difflib.get_close_matches(name, names, n=2)
+        remedy = f"Did you mean {' or '.join(close)}?" if close else ""
+        raise ValueError(explain(where, "codec", f"one of {', '.join(names)}", repr(name), remedy))
+    return from_dict(CodecSpec, compose(f"codec/{name}")["codec"], where)
+
+
+def codec_names() -> list[str]:
+    """Names of all codecs, sorted."""
+    return sorted(path.stem for path in (conf_folder() / "codec").glob("*.yaml"))
+
+
+def load_codec(name: str, where: str = "codec") -> CodecSpec:
+    """Read `conf/codec/<name>.yaml`.
+
+    Args:
+        name: without `.yaml`.
+        where: configuration path that an error names.
+
+    Raises:
+        ValueError: there is no such codec; names near misses.
+    """
+    names = codec_names()
+    if name not in names:
+        close = difflib.get_close_matches(name, names, n=2)
+        remedy = f"Did you mean {' or '.join(close)}?" if close else ""
+        raise ValueError(explain(where, "codec", f"one of {', '.join(names)}", repr(name), remedy))
+    return from_dict(CodecSpec, compose(f"codec/{name}")["codec"], where)
+
+
+@cache
+def _content(name: str) -> dict[str, Any]:
+    """Composing takes tens of milliseconds, and naming a codec reads every file."""
+    return dict(compose(f"codec/{name}")["codec"])
+
+
+def codec_name(codec: CodecSpec) -> str:
+    """The name of the file in `conf/codec/` that describes a codec.
+
+    Returns:
+        The name; `custom-<hash8>` for a codec that no file describes, such as one changed on the
+        command line.
+    """
+    for name, known in _known().items():
+        if known == codec:
+            return name
+    return f"custom-{digest(codec)[:8]}"
+
+
+@cache
+def _known() -> dict[str, CodecSpec]:
+    """Every codec of `conf/codec/`; composing them takes most of a second."""
+    return {name: load_codec(name) for name in codec_names()}
