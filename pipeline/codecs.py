@@ -35,35 +35,6 @@ def load_codec(name: str, where: str = "codec") -> CodecSpec:
     return from_dict(CodecSpec, compose(f"codec/{name}")["codec"], where)
 
 
-def codec_names() -> list[str]:
-    """Names of all codecs, sorted."""
-    return sorted(path.stem for path in (conf_folder() / "codec").glob("*.yaml"))
-
-
-def load_codec(name: str, where: str = "codec") -> CodecSpec:
-    """Read `conf/codec/<name>.yaml`.
-
-    Args:
-        name: without `.yaml`.
-        where: configuration path that an error names.
-
-    Raises:
-        ValueError: there is no such codec; names near misses.
-    """
-    names = codec_names()
-    if name not in names:
-        close = difflib.get_close_matches(name, names, n=2)
-        remedy = f"Did you mean {' or '.join(close)}?" if close else ""
-        raise ValueError(explain(where, "codec", f"one of {', '.join(names)}", repr(name), remedy))
-    return from_dict(CodecSpec, compose(f"codec/{name}")["codec"], where)
-
-
-@cache
-def _content(name: str) -> dict[str, Any]:
-    """Composing takes tens of milliseconds, and naming a codec reads every file."""
-    return dict(compose(f"codec/{name}")["codec"])
-
-
 def codec_name(codec: CodecSpec) -> str:
     """The name of the file in `conf/codec/` that describes a codec.
 
