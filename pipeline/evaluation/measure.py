@@ -19,7 +19,9 @@ from transformers import Cache, PreTrainedModel
 
 import kvsmith
 from kvsmith.bundle import base_model
+from kvsmith.geometry import ModelGeometry
 from kvsmith.hf import geometry
+from kvsmith.layout import cache_bytes
 from kvsmith.pipeline.calibration import weights_hash
 from kvsmith.pipeline.evaluation.candidate import FULL, Candidate
 from kvsmith.pipeline.evaluation.fidelity import Fidelity, summarise
@@ -30,20 +32,28 @@ from kvsmith.pipeline.evaluation.options import Options, Sizes
 from kvsmith.pipeline.evaluation.recall import Planted, Recall, recall
 from kvsmith.pipeline.log import Run
 from kvsmith.pipeline.stage import digest, read_json, write_json
+from kvsmith.spec import CacheSpec
 from kvsmith.strict import from_dict, to_dict
 
 # Predictions of full precision are kept up to this size, and computed for each candidate beyond.
 KEEP_BYTES = 2**30
+LONG = 32 * 1024
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """Everything that is known of one candidate."""
+    """Everything that is known of one candidate.
+
+    Attributes:
+        footprint, fidelity, agreement, recall: measured.
+        long_bits: all-in bits an element at LONG tokens with dense tokens in bfloat16, computed.
+    """
 
     footprint: Footprint
     fidelity: Fidelity
     agreement: Agreement
     recall: Recall
+    long_bits: float
 
 
 @dataclass(frozen=True)
@@ -168,12 +178,12 @@ class Measuring:
         def new_cache() -> Cache:
             return candidate.cache(model)
 
-        elements = geometry(model.config).elements
+        shape = geometry(model.config)
         size = footprint(
             model,
             new_cache(),
             self._material.windows[:1],
-            elements,
+            shape.elements,
             o.speed.repeats,
             o.speed.tokens,
         )
@@ -183,7 +193,8 @@ class Measuring:
         advance()
         copied = recall(model, new_cache, self._material.planted, batch)
         advance()
-        return Measurement(size, fidelity, agreement(self._control.continuations, text), copied)
+        same = agreement(self._control.continuations, text)
+        return Measurement(size, fidelity, same, copied, long_bits(candidate.spec, shape))
 
     def _fidelity(self, candidate: Candidate, advance: Callable[[], None]) -> Fidelity:
         mine, full = [], []
@@ -203,6 +214,15 @@ class Measuring:
     def _path(self, candidate: Candidate) -> Path:
         key = digest({"common": self._common, "candidate": candidate.identity()})
         return self._store / f"{key[:24]}.json"
+
+
+def long_bits(spec: CacheSpec | None, shape: ModelGeometry) -> float:
+    """All-in bits an element of one row of LONG tokens, dense tokens in bfloat16."""
+    if spec is None:
+        return 16.0
+    positions = int(spec.codec.key_domain == "pre")  # later keys need none
+    total = cache_bytes(spec, shape, 1, LONG, torch.bfloat16, positions).total
+    return 8 * total / (LONG * shape.elements)
 
 
 def model_identity(model: PreTrainedModel) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,10 @@ def _panel(ax: Any, points: Sequence[Point], label: str) -> None:
     positive = [p.value for p in points if p.value > 0]
     floor = min(positive) / 3 if positive else 1e-6
     ax.set_yscale("log")
+    ticker = pyplot().matplotlib.ticker
+    ax.yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+    ax.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.yaxis.set_minor_formatter(ticker.NullFormatter())
     families = list(dict.fromkeys((p.ours, family(p.name)) for p in points))
     for ours, colours in ((True, OURS), (False, OTHERS)):
         names = [name for mine, name in families if mine == ours]
@@ -104,6 +109,10 @@ def _label(ax: Any, points: Sequence[Point], floor: float) -> None:
     canvas.draw()
     spots = [(p.bits, max(p.value, floor)) for p in points]
     pixels = [ax.transData.transform(spot) for spot in spots]
+    for _, members in groupby(sorted(points, key=_order), key=lambda p: family(p.name)):
+        ends = [ax.transData.transform((p.bits, max(p.value, floor))) for p in members]
+        for a, b in pairwise(ends):
+            pixels += [a + (b - a) * i / 20 for i in range(1, 20)]
     taken: list[Any] = []
     for point, spot in zip(points, spots, strict=True):
         name = point.name if point.value > 0 else f"{point.name} (not above 0)"
@@ -123,8 +132,12 @@ def _label(ax: Any, points: Sequence[Point], floor: float) -> None:
                 text.remove()
 
 
+def _order(point: Point) -> tuple[str, float]:
+    return family(point.name), point.bits
+
+
 def _clashes(box: Any, taken: Sequence[Any], pixels: Sequence[Any], panel: Any) -> int:
-    """How many names and points a label would cover, and corners it would put outside."""
+    """How many names, points and bits of line a label would cover, and corners outside."""
     corners = ((box.x0, box.y0), (box.x1, box.y1))
     outside = sum(not panel.contains(*corner) for corner in corners)
     return outside + sum(box.overlaps(t) for t in taken) + sum(box.contains(*p) for p in pixels)

@@ -13,6 +13,7 @@ from kvsmith.strict import to_dict
 COLUMNS = (
     "method",
     "bits/elem",
+    "at 32K",
     "KV bytes",
     "ppl",
     "ppl %",
@@ -27,10 +28,11 @@ COLUMNS = (
 )
 
 LEGEND = (
-    "bits/elem and KV bytes: every allocated byte of one row at the window's length; ppl %: change "
-    "of perplexity against full precision, +- its standard error paired by window; KLD: nats a "
-    "token, mean and 99.9 percentile; top-1: most likely token as in full precision; greedy: equal "
-    "tokens and mean length to the first difference; recall: planted strings copied without error."
+    "bits/elem and KV bytes: every allocated byte of one row at the window's length; at 32K: the "
+    "same computed for 32,768 tokens with dense tokens in bfloat16; ppl %: change of perplexity "
+    "against full precision, +- its standard error paired by window; KLD: nats a token, mean and "
+    "99.9 percentile; top-1: most likely token as in full precision; greedy: equal tokens and mean "
+    "length to the first difference; recall: planted strings copied without error."
 )
 
 
@@ -65,6 +67,7 @@ def cells(row: Row) -> list[str]:
     return [
         row.name,
         f"{size.bits_per_element:.2f}",
+        f"{row.found.long_bits:.2f}",
         f"{size.nbytes:,}",
         f"{fidelity.perplexity:.3f}",
         "" if full else f"{100 * fidelity.delta:+.2f}",
@@ -91,32 +94,25 @@ def _compare(bundle: Row, baselines: Sequence[Row]) -> str:
     beaten = [b for b in dearer if _gap(bundle, b)[0] < 0]
     ahead = [b for b in dearer if b not in beaten]
     cheaper = [b for b in baselines if b.bits < bundle.bits and _gap(bundle, b)[0] >= 0]
-    parts = []
-    if dearer:
-        parts.append(
-            f"beats {len(beaten)} of {len(dearer)} baselines that cost as much or more"
-            + _named(bundle, beaten)
-        )
+    parts = [f"better than {len(beaten)} of {len(dearer)} baselines with as many bits or more"]
+    if beaten:
+        parts[0] += f" ({_named(bundle, beaten)})"
     if ahead:
-        parts.append("beaten at a higher cost by" + _named(bundle, ahead, ""))
+        parts.append(f"not better than {_named(bundle, ahead)}")
     if cheaper:
-        parts.append("beaten at a lower cost by" + _named(bundle, cheaper, ""))
-    elif baselines:
-        parts.append("by none that costs less")
+        parts.append(f"better with fewer bits: {_named(bundle, cheaper)}")
+    else:
+        parts.append("none with fewer bits is better")
     delta = 100 * bundle.found.fidelity.delta
-    text = "; ".join(parts) or "no baselines"
+    text = "; ".join(parts) if baselines else "no baselines"
     return f"{bundle.name} at {bundle.bits:.2f} bits, {delta:+.2f} % perplexity: {text}."
 
 
-def _named(bundle: Row, others: Sequence[Row], brackets: str = "()") -> str:
-    if not others:
-        return ""
-    names = [
+def _named(bundle: Row, others: Sequence[Row]) -> str:
+    return ", ".join(
         f"{o.name} {o.bits:.2f}b {100 * o.found.fidelity.delta:+.2f} %{_doubt(bundle, o)}"
         for o in others
-    ]
-    text = ", ".join(names)
-    return f" ({text})" if brackets else f" {text}"
+    )
 
 
 def _gap(first: Row, second: Row) -> tuple[float, float | None]:

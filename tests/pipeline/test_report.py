@@ -31,7 +31,9 @@ def row(
     losses = tuple(2 + delta + s * noise for s in (1, -1, 1, -1))
     fidelity = Fidelity(4, 400, 7.5, delta, 0.001, delta / 2, 1e-4, 5 * delta, 0.9, losses)
     size = Footprint(1024, int(1000 * bits), bits, 50.0, 3, 16)
-    found = Measurement(size, fidelity, Agreement(4, 256, 0.5, 99, 1), Recall(20, 16, 1, 0.9, 0.5))
+    found = Measurement(
+        size, fidelity, Agreement(4, 256, 0.5, 99, 1), Recall(20, 16, 1, 0.9, 0.5), bits - 1
+    )
     return Row(Candidate(name, role, f"conf/{name}"), found)
 
 
@@ -59,6 +61,7 @@ def test_cells_stand_under_their_columns(rows: list[Row]) -> None:
     assert cells == {
         "method": "int4",
         "bits/elem": "5.00",
+        "at 32K": "4.00",
         "KV bytes": "5,000",
         "ppl": "7.500",
         "ppl %": "+0.40",
@@ -78,13 +81,13 @@ def test_cells_stand_under_their_columns(rows: list[Row]) -> None:
 def test_comparison_names_every_relation(rows: list[Row]) -> None:
     (line,) = table.comparisons(rows)
     assert line == (
-        "nuq3 at 4.00 bits, +1.00 % perplexity: beats 1 of 2 baselines that cost as much or more "
-        "(int3 4.00b +3.00 %); beaten at a higher cost by int4 5.00b +0.40 %; "
-        "beaten at a lower cost by kivi2 3.50b +0.80 % [within 2 se]."
+        "nuq3 at 4.00 bits, +1.00 % perplexity: better than 1 of 2 baselines with as many bits or "
+        "more (int3 4.00b +3.00 %); not better than int4 5.00b +0.40 %; "
+        "better with fewer bits: kivi2 3.50b +0.80 % [within 2 se]."
     )
-    # int2 costs less and is worse: not a word. Without kivi2 nothing cheaper is better.
+    # int2 has fewer bits and is worse: not a word. Without kivi2 nothing smaller is better.
     (line,) = table.comparisons([r for r in rows if r.name != "kivi2"])
-    assert line.endswith("; by none that costs less.")
+    assert line.endswith("; none with fewer bits is better.")
     (line,) = table.comparisons([r for r in rows if r.candidate.role != "baseline"])
     assert line.endswith(": no baselines.")
 
