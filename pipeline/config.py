@@ -15,6 +15,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,6 +34,13 @@ T = TypeVar("T")
 
 USER_ERRORS = (ValueError, TypeError, OSError)
 NOT_IDENTITY = ("device", "workers", "logger")
+
+
+@dataclass(frozen=True)
+class DebugConfig:
+    """`debug=smoke`: every script shrinks its work to seconds, along the same path."""
+
+    smoke: bool = False
 
 
 def repository_root() -> Path:
@@ -103,11 +111,16 @@ def launch(name: str, cls: type[T], run: Callable[[T, Path], object]) -> None:
         run: called with the dataclass and the folder of this run's logs.
     """
 
+    composed: list[tuple[DictConfig, str]] = []
+
+    codes: list[int] = []
+
     @hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=name)
     def script(config: DictConfig) -> None:
-        run(_typed(cls, name, _plain(config)), Path(HydraConfig.get().runtime.output_dir))
+        folder = Path(HydraConfig.get().runtime.output_dir)
+        codes.append(main_guard(lambda: run(_typed(cls, name, _plain(config)), folder)))
 
-    def guarded() -> None:
+    def composed() -> None:
         try:
             script()
         except (HydraException, OmegaConfBaseException) as error:
@@ -115,7 +128,7 @@ def launch(name: str, cls: type[T], run: Callable[[T, Path], object]) -> None:
 
     # With this variable Hydra raises what went wrong instead of printing several lines and exiting by itself.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    sys.exit(main_guard(guarded))
+    sys.exit(max([main_guard(composed), *codes]))
 
 
 def main_guard(run: Callable[[], object]) -> int:

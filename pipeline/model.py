@@ -14,7 +14,14 @@ from typing import Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from kvsmith.errors import explain
 from kvsmith.pipeline.config import input_path
@@ -83,6 +90,18 @@ def load_model(cfg: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
 def load_tokenizer(cfg: ModelConfig) -> PreTrainedTokenizerBase:
     """Load the tokenizer alone; raises as `load_model`."""
     return _tokenizer(cfg, _source(cfg, weights=False))
+
+
+def load_config(cfg: ModelConfig) -> PreTrainedConfig:
+    """Load the configuration alone; raises as `load_model`."""
+    source = _source(cfg, weights=False)
+    try:
+        return AutoConfig.from_pretrained(
+            source, revision=cfg.revision or "main", trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError) as error:
+        message = f"{cfg.path!r}: {_first(error)}"
+        raise ValueError(explain("model.path", "configuration", "loadable", message)) from error
 
 
 def model_device(cfg: ModelConfig) -> torch.device:

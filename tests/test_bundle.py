@@ -7,7 +7,6 @@ import json
 import re
 import subprocess
 import sys
-import tomllib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -224,11 +223,6 @@ def test_the_format_page_lists_the_fields_that_there_are() -> None:
     names |= {"recent", "block_size", "eviction", "page_size", "sha256", "size"}
     names |= {*data["cache"]["codec"]["k"]["quantizer"], *data["base_model"]["architecture"]}
     assert names <= words
-
-
-def test_the_version_is_the_package_s() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-    assert kvsmith.__version__ == project["version"]
 
 
 def test_importing_kvsmith_leaves_transformers_alone() -> None:

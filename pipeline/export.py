@@ -1,0 +1,203 @@
+"""export.py: from a finished calibration to a bundle.
+
+The name of the bundle's folder is `<codec>-<hash8>`; the hash covers the cache, the base model,
+where the parameters come from, and the parameters, so that equal names mean equal caches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from kvsmith.bundle import BaseModel, Bundle, Calibration, base_model, expected_tensors
+from kvsmith.bundle.card import sizes
+from kvsmith.errors import explain
+from kvsmith.hf import geometry
+from kvsmith.layout import check_geometry
+from kvsmith.pipeline.calibration import find_calibration, parameters_for, read_record
+from kvsmith.pipeline.codecs import codec_name
+from kvsmith.pipeline.config import DebugConfig, config_hash, input_path, output_path
+from kvsmith.pipeline.evaluation.find import shown
+from kvsmith.pipeline.fit import Sensitivity
+from kvsmith.pipeline.log import LoggerConfig, NoLogger, Run
+from kvsmith.pipeline.model import ModelConfig, load_config, load_model
+from kvsmith.pipeline.stage import read_json
+from kvsmith.spec import CacheSpec, CodecSpec, KeepAll
+from kvsmith.strict import to_dict
+
+SHARD = "cache.safetensors"
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """What is exported.
+
+    Args:
+        model: the base model.
+        codec: how a token is stored.
+        eviction: which tokens stay.
+        page_size: tokens by which a cache grows.
+        sensitivity: weights of the codebook fit.
+        calibration: folder of a finished calibration; None is the newest one of the model.
+        calibrations: where calibrations are looked for.
+        quality: JSON file with measured numbers; None writes none.
+        bundles: folder of all bundles; None is `artifacts/bundles`, or with `debug=smoke` the
+            folder of this run's logs.
+        debug: `debug=smoke` leaves the bundles of others alone.
+        logger: where else figures go.
+    """
+
+    model: ModelConfig
+    codec: CodecSpec
+    eviction: KeepAll = field(default_factory=KeepAll)
+    page_size: int = 128
+    sensitivity: Sensitivity = "fisher"
+    calibration: str | None = None
+    calibrations: str = "artifacts/calibration"
+    quality: str | None = None
+    bundles: str | None = None
+    debug: DebugConfig = field(default_factory=DebugConfig)
+    logger: LoggerConfig = field(default_factory=NoLogger)
+
+
+def run(cfg: ExportConfig, folder: Path) -> Path:
+    """Write the bundle, and say where it is and what it costs.
+
+    Args:
+        cfg: what is exported.
+        folder: this run's own folder.
+
+    Returns:
+        The bundle's folder.
+
+    Raises:
+        FileNotFoundError: the model or its calibration is missing.
+        ValueError: the codec, the calibration or the numbers do not fit the model.
+    """
+    with Run(folder, cfg.logger, cfg) as log:
+        bundle, name = make_bundle(cfg, log)
+        path = bundles_folder(cfg, folder) / cfg.model.label / name
+        before = path.stat().st_ino if path.is_dir() else None
+        bundle.save_pretrained(path, overwrite=True)
+        report(bundle, path, log)
+        log.say(f"{'unchanged' if path.stat().st_ino == before else 'written'}: {shown(path)}")
+        return path
+
+
+def bundles_folder(cfg: ExportConfig, folder: Path) -> Path:
+    """Where bundles go; `folder` is this run's own."""
+    if cfg.bundles is None and cfg.debug.smoke:
+        return folder / "bundles"
+    return output_path(cfg.bundles or "artifacts/bundles")
+
+
+def make_bundle(cfg: ExportConfig, log: Run) -> tuple[Bundle, str]:
+    """The bundle and the name of its folder.
+
+    Raises:
+        FileNotFoundError, ValueError: as `run`.
+    """
+    spec = CacheSpec(cfg.codec, cfg.eviction, cfg.page_size)
+    base = describe(cfg.model, load_config(cfg.model))
+    check_geometry(spec, base.geometry)
+    calibration: Calibration | None = None
+    parameters: dict[str, Tensor] = {}
+    if expected_tensors(spec, base.geometry):
+        calibration, parameters = calibrated(cfg, base, log)
+    bundle = Bundle.create(spec, parameters, base, calibration)
+    name = f"{codec_name(cfg.codec)}-{identity(bundle)}"
+    if cfg.quality is not None:
+        quality = read_quality(input_path(cfg.quality), name)
+        bundle = Bundle.create(spec, parameters, base, calibration, quality)
+    return bundle, name
+
+
+def describe(cfg: ModelConfig, config: PreTrainedConfig) -> BaseModel:
+    """Identity of a model from its configuration: the hub's name, or the word of a local one."""
+    local = input_path(cfg.path).is_dir()
+    text: Any = config.get_text_config(decoder=True)
+    revision = None if local else getattr(config, "_commit_hash", None) or cfg.revision
+    return base_model(text.to_dict(), geometry(config), cfg.label if local else cfg.path, revision)
+
+
+def calibrated(
+    cfg: ExportConfig, base: BaseModel, log: Run
+) -> tuple[Calibration, dict[str, Tensor]]:
+    """Provenance and parameters from the calibration that `cfg` names, or the newest fitting one.
+
+    Only looking for it takes the model's weights: they tell whether it was made for them.
+    """
+    if cfg.calibration is None:
+        model, _ = load_model(cfg.model)
+        folder = find_calibration(output_path(cfg.calibrations), cfg.model, model)
+    else:
+        folder = input_path(cfg.calibration)
+    record = read_record(folder)
+    record.source.base_model.check(base, str(folder))
+    log.say(f"calibration: {shown(folder)}")
+    parameters = parameters_for(folder, cfg.codec, log, cfg.sensitivity)
+    return record.provenance(cfg.sensitivity), parameters
+
+
+def identity(bundle: Bundle) -> str:
+    """8 hexadecimal digits over everything but the measured quality and the program's version."""
+    manifest = bundle.manifest
+    shard = manifest.files.get(SHARD)
+    facts = {
+        "base_model": manifest.base_model,
+        "cache": manifest.cache,
+        "calibration": manifest.calibration,
+        "parameters": None if shard is None else shard.sha256,
+    }
+    return config_hash({name: to_dict(fact) for name, fact in facts.items()}, exclude=())
+
+
+def read_quality(path: Path, name: str) -> dict[str, float]:
+    """Measured numbers from a JSON file.
+
+    Args:
+        path: an object of numbers, or what evaluate.py wrote: then the bundle's own row is taken.
+        name: folder of the bundle.
+
+    Returns:
+        Dotted name -> number.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, no row of this bundle, or not numbers.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(explain("quality", "value", "an existing file", repr(str(path))))
+    data = read_json(path)
+    rows = data.get("rows") if isinstance(data, dict) else None
+    if isinstance(rows, list):
+        own = [row for row in rows if Path(row.get("source") or "").name == name]
+        if not own:
+            remedy = f"Run `python evaluate.py bundle=<folder of {name}>`."
+            raise ValueError(explain(str(path), "rows", f"one of {name}", "none", remedy))
+        described = ("name", "role", "source", "cache")
+        data = {key: value for key, value in own[0].items() if key not in described}
+    quality = _numbers(data)
+    if not quality:
+        raise ValueError(explain(str(path), "content", "numbers by name", "none"))
+    return quality
+
+
+def report(bundle: Bundle, path: Path, log: Run) -> None:
+    """A short table: bits an element at three lengths, and the bundle's own size."""
+    bits = sizes(bundle.manifest)
+    size = sum(p.stat().st_size for p in path.iterdir())
+    columns = ("codec", *(f"bits at {label}" for label in bits), "bundle bytes")
+    row = (codec_name(bundle.spec.codec), *(f"{b:.3f}" for b in bits.values()), f"{size:,}")
+    log.table("All-in bits per element (batch 1, dense tokens in bfloat16)", columns, [row])
+
+
+def _numbers(data: Any, prefix: str = "") -> dict[str, float]:
+    """Every number of nested mappings, by its dotted name."""
+    if isinstance(data, dict):
+        parts = [_numbers(v, f"{prefix}.{k}" if prefix else str(k)) for k, v in data.items()]
+        return {name: value for part in parts for name, value in part.items()}
+    return {prefix: float(data)} if type(data) in (int, float) and prefix else {}
