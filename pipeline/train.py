@@ -1,0 +1,57 @@
+"""`train.py`: decides by the experiment what is trained. Today that is a model from scratch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvsmith.errors import explain
+from kvsmith.pipeline.config import DebugConfig, experiments, output_path
+from kvsmith.pipeline.data import DataConfig
+from kvsmith.pipeline.log import LoggerConfig
+from kvsmith.pipeline.model import ModelConfig
+from kvsmith.pipeline.training.pretrain import Pretrain, pretrain
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run; `conf/train.yaml`.
+
+    Args:
+        model: names the result and the device.
+        data: text.
+        pretrain: set by `experiment=pretrain_*`.
+        output: model folder to write; None is `model.path`.
+        work: folder of unfinished runs.
+        overwrite: replace a finished model of another configuration.
+        logger: where scalars go.
+        debug: `debug=smoke` trains a toy for seconds.
+    """
+
+    model: ModelConfig
+    data: DataConfig
+    logger: LoggerConfig
+    debug: DebugConfig
+    pretrain: Pretrain | None = None
+    output: str | None = None
+    work: str = "runs/pretrain"
+    overwrite: bool = False
+
+
+def run(cfg: TrainConfig, folder: Path) -> None:
+    """Do the training that the experiment describes.
+
+    Args:
+        cfg: the configuration.
+        folder: this start's own folder; holds the composed configuration.
+
+    Raises:
+        ValueError: no experiment was chosen, or the training refuses.
+    """
+    if cfg.pretrain is None:
+        names = ", ".join(f"experiment={name}" for name in experiments("pretrain"))
+        raise ValueError(explain("train", "experiment", f"chosen: {names}", "none"))
+    task = cfg.pretrain.smoke() if cfg.debug.smoke else cfg.pretrain
+    default = str(folder / "model") if cfg.debug.smoke else cfg.model.path
+    output, work = output_path(cfg.output or default), output_path(cfg.work)
+    pretrain(task, cfg.data, cfg.model, output, folder if cfg.debug.smoke else work, cfg.logger, cfg.overwrite)
