@@ -110,25 +110,26 @@ def launch(name: str, cls: type[T], run: Callable[[T, Path], object]) -> None:
         cls: the frozen dataclass that the configuration is read into.
         run: called with the dataclass and the folder of this run's logs.
     """
-
     composed: list[tuple[DictConfig, str]] = []
-
-    codes: list[int] = []
 
     @hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=name)
     def script(config: DictConfig) -> None:
-        folder = Path(HydraConfig.get().runtime.output_dir)
-        codes.append(main_guard(lambda: run(_typed(cls, name, _plain(config)), folder)))
+        composed.append((config, HydraConfig.get().runtime.output_dir))
 
-    def composed() -> None:
+    def guarded() -> None:
         try:
             script()
+            checked = [(_typed(cls, name, _plain(c)), Path(folder)) for c, folder in composed]
         except (HydraException, OmegaConfBaseException) as error:
             raise ValueError(_one_line(name, error)) from error
+        # Only now, outside of Hydra: within its job `compose` does not work, and it prints a line
+        # of its own before each error.
+        for cfg, folder in checked:
+            run(cfg, folder)
 
     # With this variable Hydra raises what went wrong instead of printing several lines and exiting by itself.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    sys.exit(max([main_guard(composed), *codes]))
+    sys.exit(main_guard(guarded))
 
 
 def main_guard(run: Callable[[], object]) -> int:
