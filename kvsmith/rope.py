@@ -34,21 +34,22 @@ def rotation_function(attention: nn.Module) -> Rotate | None:
     function = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
     if function is None:
         return None
-    single = next(iter(inspect.signature(function).parameters)) == "x"
-    slices: list[
-        bool
-    ] = []  # whether the module itself cuts the rotated channels out; known after the first call
+    first = next(iter(inspect.signature(function).parameters))
+    # Whether the module itself cuts the rotated channels out; known after the first call.
+    slices: list[bool] = []
 
     def apply(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        # The two-tensor form gets an empty second tensor, which costs nothing.
-        turned = (
-            function(x, cos, sin, unsqueeze_dim=1) if single else function(x, x[:, :0], cos, sin)[0]
-        )
+        if first == "x":  # one tensor at a time
+            turned = function(x, cos, sin, unsqueeze_dim=1)
+        elif first == "tensor":  # GPT-J: [B, T, H, D], and sin before cos
+            turned = function(x.transpose(1, 2), sin, cos).transpose(1, 2)
+        else:  # query and key; an empty key costs nothing
+            turned = function(x, x[:, :0], cos, sin)[0]
         assert isinstance(turned, torch.Tensor)
         return turned
 
     def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        width = cos.shape[-1]
+        width = cos.shape[-1] * (2 if first == "tensor" else 1)
         if not slices:
             slices.append(width < x.shape[-1] and not _fits(apply, x, cos, sin))
         if not slices[0]:
@@ -85,6 +86,20 @@ class RotarySource:
         cos, sin = type(self.module).forward(
             self.module, like, positions, *self.args, **dict(self.kwargs)
         )
+        return cos, sin
+
+
+@dataclass(frozen=True)
+class TableSource:
+    """An attention module that keeps a table of [sin | cos] by position (GPT-J, CodeGen)."""
+
+    module: nn.Module
+
+    def __call__(self, positions: torch.Tensor, dtype: torch.dtype) -> CosSin:
+        """cos and sin [rows, T, width / 2] of `positions` [rows, T] in `dtype`."""
+        table = self.module.embed_positions
+        assert isinstance(table, torch.Tensor)
+        sin, cos = table.to(positions.device)[positions].to(dtype).chunk(2, dim=-1)
         return cos, sin
 
 
@@ -152,7 +167,7 @@ class Positions:
 
     def cos_sin(
         self,
-        source: RotarySource,
+        source: RotarySource | TableSource,
         dtype: torch.dtype,
         start: int | None,
         stop: int,

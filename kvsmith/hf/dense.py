@@ -12,34 +12,18 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from kvsmith.attention import CHUNK_ELEMENTS, Rotation
-from kvsmith.errors import explain
 from kvsmith.hf.seam import Observer, Seam, SeamCache
 from kvsmith.rope import CosSin
 from kvsmith.store import LayerStore
 
 
 def unrotate(seam: Seam, k: torch.Tensor) -> torch.Tensor:
-    """Undo the rotation of new keys [B, H, T, D].
-
-    Raises:
-        ValueError: the module rotates with a table of its own, which no hook sees.
-    """
+    """Undo the rotation of new keys [B, H, T, D]; RoPE without a scale of its own is orthogonal."""
     assert seam.call is not None
     if seam.call.rope is None:
-        if seam.hidden_rope:
-            raise ValueError(
-                explain(
-                    "codec.key_domain",
-                    "value",
-                    "post for a model that rotates keys with a table of its own",
-                    "pre",
-                    "Set codec.key_domain=post.",
-                )
-            )
         return k
     cos, sin = seam.call.rope
-    # A rotary scale s (YaRN) enters twice: back-rotation gives s^2 k.
-    return seam.turn(k, (cos, -sin)) / (cos.square() + sin.square()).mean()
+    return seam.turn(k, (cos, -sin))
 
 
 def one_of_each_group(x: torch.Tensor, heads: int) -> torch.Tensor:
@@ -114,8 +98,7 @@ class ObservingCache(DynamicCache, SeamCache):
         assert seam.call is not None
         k = one_of_each_group(key_states, heads)
         v = one_of_each_group(value_states, heads)
-        if not seam.hidden_rope:
-            k = unrotate(seam, k)
+        k = unrotate(seam, k)
         self.observer(layer_idx, k, v)
         rope: CosSin | None = seam.call.rope
         return _repeat(seam.turn(k, rope), key_states), _repeat(v, value_states)

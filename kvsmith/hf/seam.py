@@ -25,7 +25,7 @@ from kvsmith.attention import Scores
 from kvsmith.errors import explain
 from kvsmith.hf.geometry import geometry
 from kvsmith.hf.masks import LazyMask, TensorMask, make_mask
-from kvsmith.rope import CosSin, RotarySource, Rotate, rotation_function
+from kvsmith.rope import CosSin, RotarySource, Rotate, TableSource, rotation_function
 
 NAME = "kvsmith"
 # Attribute of the new keys that carries the handle, also to layers that share them.
@@ -65,7 +65,7 @@ class Call:
     """What the hook before an attention module saw."""
 
     rope: CosSin | None
-    source: RotarySource | None
+    source: RotarySource | TableSource | None
     positions: torch.Tensor | None
     mask: Any
 
@@ -112,6 +112,10 @@ class Attachment:
                 if _same_memory(cos, rope[0]):
                     call.source, call.positions = source, positions
             kwargs = {**kwargs, "position_embeddings": seam.offer(rope)}
+        elif seam.table is not None:
+            ids = kwargs["position_ids"]
+            call.source, call.positions = seam.table, ids
+            call.rope = seam.table(ids, kwargs["hidden_states"].dtype)
         seam.call = call
         if isinstance(cache, SeamCache):
             cache.begin(seam)
@@ -128,11 +132,11 @@ class Seam:
     def __init__(self, attachment: Attachment, module: nn.Module) -> None:
         self.attachment = attachment
         self.deferred = attachment.deferred
-        # GPT-J and CodeGen rotate with a table of their own.
-        self.hidden_rope = not self.deferred and hasattr(module, "embed_positions")
+        # GPT-J and CodeGen rotate with a table of their own, by position ids.
+        self.table = TableSource(module) if hasattr(module, "embed_positions") else None
         self.layer = int(module.layer_idx)  # type: ignore[arg-type]
         self.rotate: Rotate | None = rotation_function(module)
-        self.uses_rope: bool | None = None
+        self.uses_rope: bool | None = None if self.table is None else True
         self.call: Call | None = None
 
     def offer(self, rope: CosSin) -> CosSin:
@@ -227,7 +231,8 @@ def _attention(
             seam, query, key, value, _as_mask(attention_mask, handle, query), scores
         ), None
     if seam is not None and seam.attachment.observer is not None and seam.call is not None:
-        seam.attachment.observer(seam.layer, key, value)
+        if seam.attachment.geometry.owner[seam.layer] == seam.layer:
+            seam.attachment.observer(seam.layer, key, value)
         query, key = seam.turn(query, seam.call.rope), seam.turn(key, seam.call.rope)
     implementation = seam.attachment.implementation if seam is not None else "sdpa"
     if isinstance(attention_mask, LazyMask):
