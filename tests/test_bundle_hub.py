@@ -116,3 +116,21 @@ def test_a_hub_that_refuses_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(FakeApi, "fails", True)
     message = refusal(lambda: kvsmith.load(GOLDEN).push_to_hub("ann/cache"))
     assert "ann/cache: upload must be possible, got (OSError: 403 Forbidden request" in message
+
+
+def test_offline_a_cached_bundle_loads_through_the_real_library(tmp_path: Path) -> None:
+    assert huggingface_hub.constants.HF_HUB_OFFLINE
+    repo = tmp_path / "models--ann--cache"
+    snapshot = repo / "snapshots" / COMMIT
+    for folder in (snapshot, repo / "refs", repo / "blobs"):
+        folder.mkdir(parents=True)
+    (repo / "refs" / "main").write_text(COMMIT)
+    for name in (MANIFEST, CARD, SHARD):
+        shutil.copy(GOLDEN / name, repo / "blobs" / name[::-1])
+        (snapshot / name).symlink_to(Path("..") / ".." / "blobs" / name[::-1])
+    bundle = Bundle.from_pretrained("ann/cache", cache_dir=tmp_path)
+    assert bundle.spec == golden_spec() and len(bundle.parameters) == 12
+    assert Bundle.from_pretrained("ann/cache", COMMIT, cache_dir=tmp_path).source == "ann/cache"
+    assert "possible" in refusal(
+        lambda: Bundle.from_pretrained("ann/cache", "v2", cache_dir=tmp_path)
+    )

@@ -114,7 +114,7 @@ class Bundle:
         """
         from kvsmith.hf import geometry, make_cache
 
-        config = model.config.get_text_config()
+        config = model.config.get_text_config(decoder=True)
         found = base_model(config.to_dict(), geometry(model.config), self.manifest.base_model.id)
         self.manifest.base_model.check(found, self.source)
         return make_cache(model, self.spec, self.parameters)
