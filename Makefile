@@ -6,7 +6,7 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
 STAMP := .venv/setup.stamp
 START := $(shell date +%s)
 
-.PHONY: setup demo test check bench lint
+.PHONY: setup demo test check bench lint models
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -35,6 +35,10 @@ test: lint
 
 check: lint
 	$(PYTEST) -m "not slow and not gpu and not network"
+
+# Rewrites docs/MODELS.md from what the architecture tests measure.
+models: setup
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests/runtime/test_architectures.py --models-page -q
 
 bench: setup
 	$(PY) -m kvsmith.kernels.bench

@@ -33,6 +33,12 @@ hypothesis.settings.load_profile("kvsmith")
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--models-page", action="store_true", help="write docs/MODELS.md from the measured rows"
+    )
+
+
 @pytest.fixture(autouse=True)
 def _seeds() -> None:
     random.seed(0)
