@@ -10,7 +10,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,15 @@ from kvsmith.pipeline.evaluation.find import (
     shown,
 )
 from kvsmith.pipeline.evaluation.measure import Material, Measuring, versions
-from kvsmith.pipeline.evaluation.options import Options, Sizes, sizes
+from kvsmith.pipeline.evaluation.options import (
+    GreedyOptions,
+    Options,
+    RecallOptions,
+    Sizes,
+    SpeedOptions,
+    WindowOptions,
+    sizes,
+)
 from kvsmith.pipeline.evaluation.recall import plant, words_of
 from kvsmith.pipeline.log import LoggerConfig, NoLogger, Run
 from kvsmith.pipeline.model import ModelConfig, load_model
@@ -36,6 +44,13 @@ from kvsmith.pipeline.report import table
 from kvsmith.pipeline.report.table import Row
 from kvsmith.pipeline.stage import atomic_write, write_json
 from kvsmith.strict import to_dict
+
+SMOKE = Options(
+    WindowOptions(count=2, length=128, batch=2),
+    GreedyOptions(prompts=1, prompt_tokens=32, new_tokens=16),
+    RecallOptions(texts=1, depths=(0.5,), key_tokens=16, cue_tokens=6),
+    SpeedOptions(repeats=2, tokens=4),
+)
 
 
 @dataclass(frozen=True)
@@ -53,7 +68,7 @@ class EvaluateConfig:
         measure: what is measured.
         results: folder of finished measurements, which are not done again.
         logger: where else figures go.
-        debug: `smoke` measures on toy sizes (conf/debug/evaluate).
+        debug: `debug=smoke` measures on toy sizes, with one baseline.
     """
 
     model: ModelConfig
@@ -100,6 +115,8 @@ def run(cfg: EvaluateConfig, folder: Path) -> list[Row]:
         ValueError: a bundle belongs to another model, or the text or the model's context is too
             short.
     """
+    if cfg.debug.smoke:
+        cfg = replace(cfg, measure=SMOKE, baselines=cfg.baselines[:1])
     with Run(folder, cfg.logger, cfg) as log:
         model, tokenizer = load_model(cfg.model)
         candidates = [FULL, *gather(cfg, model)]
