@@ -9,7 +9,6 @@ same bytes.
 
 from __future__ import annotations
 
-import math
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -21,23 +20,23 @@ from transformers import PreTrainedModel
 from kvsmith.errors import explain
 from kvsmith.layout import check_geometry
 from kvsmith.pipeline.calibration import (
-    RECORD,
     Record,
     Source,
     describe_model,
     fit_stages,
-    layer_file,
     owns_parameters,
     read_record,
 )
+from kvsmith.pipeline.calibration.collect import Collect
+from kvsmith.pipeline.calibration.record import RECORD, layer_file
+from kvsmith.pipeline.calibration.summary import report
 from kvsmith.pipeline.codecs import codec_name, load_codec
-from kvsmith.pipeline.collect import Collect
 from kvsmith.pipeline.config import DebugConfig, output_path
 from kvsmith.pipeline.data import DataConfig, PydocsData, TextfileData, token_blocks, tokens_hash
 from kvsmith.pipeline.fit import Sensitivity
 from kvsmith.pipeline.log import LoggerConfig, NoLogger, Run
 from kvsmith.pipeline.model import ModelConfig, load_model
-from kvsmith.pipeline.stage import Stage, Stop, digest, locked, read_json, run_stage
+from kvsmith.pipeline.stage import Stage, Stop, digest, locked, run_stage
 from kvsmith.pipeline.statistics import plan_for
 from kvsmith.spec import CacheSpec, CodecSpec, KeepAll
 
@@ -165,7 +164,7 @@ def calibrate(
         record = read_record(folder)
         fitted = {n: c for n, c in codecs.items() if owns_parameters(c, record)}
         _fit(cfg, record, fitted, folder, log, stop)
-    _report(record, fitted, folder, log)
+    report(record, fitted, folder, log)
     return folder
 
 
@@ -251,31 +250,3 @@ def _fit(
             run_stage(stage, folder)
             bar.advance()
             stop.leave_if_asked()
-
-
-def _report(record: Record, codecs: Mapping[str, CodecSpec], folder: Path, log: Run) -> None:
-    """A table of normalised errors, the perplexity, and where everything is."""
-    rows: list[list[str]] = []
-    sums: dict[str, float] = {}
-    owners = record.source.base_model.geometry.owners
-    for layer in owners:
-        row = [str(layer)]
-        for name in codecs:
-            errors = read_json(folder / "parameters" / name / f"{layer_file(layer)}.json")
-            row += [_cell(errors["k_rmse"]), _cell(errors["v_rmse"])]
-            for key in ("k_rmse", "v_rmse"):
-                column = f"{name}/{key}"
-                sums[column] = sums.get(column, 0.0) + (errors[key] or math.nan) / len(owners)
-        rows.append(row)
-    if codecs:
-        rows.append(["mean", *(_cell(value) for value in sums.values())])
-        columns = ["layer", *(f"{n} {x}" for n in codecs for x in "kv")]
-        log.table("error of elements within the range, in half widths of it (rms)", columns, rows)
-        log.scalars(0, {n: v for n, v in sums.items() if not math.isnan(v)})
-    tokens = record.source.samples * record.source.length
-    log.say(f"{tokens:,} tokens of {record.source.dataset}: perplexity {math.exp(record.loss):.2f}")
-    log.say(f"calibration in {folder}")
-
-
-def _cell(value: float | None) -> str:
-    return "-" if value is None or math.isnan(value) else f"{value:.4f}"

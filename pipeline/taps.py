@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +18,8 @@ from transformers import PreTrainedModel
 
 from kvsmith.errors import explain
 from kvsmith.hf import geometry, observe_kv
+from kvsmith.pipeline.statistics.plan import TensorName
 
-TensorName = Literal["k", "v"]
 Consumer = Callable[[int, TensorName, Tensor, Tensor | None], None]
 WORDS: dict[TensorName, str] = {"k": "keys", "v": "values"}
 

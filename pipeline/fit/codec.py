@@ -12,7 +12,8 @@ from kvsmith.pipeline.fit.kmeans import fit_codebook
 from kvsmith.pipeline.fit.points import Sensitivity, weighted_points
 from kvsmith.pipeline.fit.q_norm import q_norm
 from kvsmith.pipeline.fit.thresholds import affine, channel_range
-from kvsmith.pipeline.statistics.layer import LayerStatistics, TensorName, check_fraction, needs
+from kvsmith.pipeline.statistics.layer import LayerStatistics
+from kvsmith.pipeline.statistics.plan import Need, TensorName, check_fraction, needs
 from kvsmith.spec import NUQ, CodecSpec, TensorCodec
 
 
@@ -94,24 +95,24 @@ def _fit_tensor(
     fitted: dict[str, Tensor] = {}
     if need == "channels":
         check_fraction(codec.fraction, stats.plan.max_fraction)
-        if name not in stats.extremes:
-            raise ValueError(
-                explain(
-                    "statistics",
-                    f"channels of {name}",
-                    "observed",
-                    "nothing",
-                    "Calibrate with this codec.",
-                )
-            )
-        scale, zero = affine(*channel_range(stats.extremes[name], codec.fraction))
+        scale, zero = affine(*channel_range(stats.channels(name)[0], codec.fraction))
         fitted |= {"scale": scale.view(info["scale"].shape), "zero": zero.view(info["zero"].shape)}
     if "lut" in info:
-        assert isinstance(codec.quantizer, NUQ)
-        points, weights = weighted_points(stats, name, need, codec.fraction, sensitivity)
-        lut = fit_codebook(points, weights, 2**codec.quantizer.bits)
-        edges = midpoints(lut)
-        if codec.quantizer.q_norm:
-            lut = q_norm(*weighted_points(stats, name, need, codec.fraction, "none"), lut, edges)
-        fitted |= {"lut": lut, "edges": edges}
+        fitted |= _fit_codebook(stats, name, codec, need, sensitivity)
     return {key: fitted[key].cpu().contiguous() for key in info}
+
+
+def _fit_codebook(
+    stats: LayerStatistics,
+    name: TensorName,
+    codec: TensorCodec,
+    need: Need,
+    sensitivity: Sensitivity,
+) -> dict[str, Tensor]:
+    assert isinstance(codec.quantizer, NUQ)
+    points, weights = weighted_points(stats, name, need, codec.fraction, sensitivity)
+    lut = fit_codebook(points, weights, 2**codec.quantizer.bits)
+    edges = midpoints(lut)
+    if codec.quantizer.q_norm:
+        lut = q_norm(*weighted_points(stats, name, need, codec.fraction, "none"), lut, edges)
+    return {"lut": lut, "edges": edges}

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from kvsmith.errors import explain
 from kvsmith.pipeline.fit.thresholds import affine, channel_range
-from kvsmith.pipeline.statistics.layer import LayerStatistics, TensorName, TokenView
+from kvsmith.pipeline.statistics.layer import LayerStatistics
+from kvsmith.pipeline.statistics.plan import Need, TensorName, TokenView
 from kvsmith.pipeline.statistics.token_histogram import TokenHistogram
 
 Sensitivity = Literal["fisher", "fisher_scale", "none"]
@@ -36,9 +37,7 @@ def histogram_for(
     Raises:
         ValueError: the statistics do not hold it.
     """
-    need: Literal["channels"] | TokenView = (
-        "channels" if tensor in stats.histograms else TokenView(fraction)
-    )
+    need: Need = "channels" if tensor in stats.histograms else TokenView(fraction)
     points, weights = weighted_points(stats, tensor, need, fraction, sensitivity)
     cell = ((points + 1) * (GRID / 2)).long().clamp_(0, GRID - 1)
     sums = torch.bincount(cell, weights=weights, minlength=GRID)
@@ -48,7 +47,7 @@ def histogram_for(
 def weighted_points(
     stats: LayerStatistics,
     tensor: TensorName,
-    need: Literal["channels"] | TokenView,
+    need: Need,
     fraction: float,
     sensitivity: Sensitivity,
 ) -> tuple[Tensor, Tensor]:
@@ -75,22 +74,8 @@ def weighted_points(
             )
         )
     if need == "channels":
-        if tensor not in stats.histograms:
-            raise _missing(tensor, "channels")
         return _channel_points(stats, tensor, fraction, sensitivity)
-    view = stats.tokens[tensor].get(need)
-    if view is None:
-        raise _missing(
-            tensor, f"tokens with fraction {need.fraction:g}, group_size {need.group_size}"
-        )
-    return TokenHistogram.points(), _token_sums(view, sensitivity).cpu()
-
-
-def _missing(tensor: str, view: str) -> ValueError:
-    remedy = "Calibrate with codec= set to this codec."
-    return ValueError(
-        explain("statistics", f"view of {tensor}", "observed in calibration", view, remedy)
-    )
+    return TokenHistogram.points(), _token_sums(stats.view(tensor, need), sensitivity).cpu()
 
 
 def _token_sums(view: TokenHistogram, sensitivity: Sensitivity) -> Tensor:
@@ -105,8 +90,8 @@ def _channel_points(
     stats: LayerStatistics, tensor: TensorName, fraction: float, sensitivity: Sensitivity
 ) -> tuple[Tensor, Tensor]:
     """Bins of all channels, cut at the thresholds and mapped to [-1, 1]; a bin is its centre."""
-    histogram = stats.histograms[tensor]
-    lower, upper = channel_range(stats.extremes[tensor], fraction)
+    extremes, histogram = stats.channels(tensor)
+    lower, upper = channel_range(extremes, fraction)
     scale, zero = (t.double()[:, None] for t in affine(lower, upper))
     start, width = histogram.bins()
     end = torch.minimum(start + width, histogram.maximum.double()[:, None])

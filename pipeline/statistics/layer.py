@@ -1,10 +1,8 @@
-"""The statistics of one layer, and which of them a codec needs."""
+"""The statistics of one layer."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -14,135 +12,8 @@ from kvsmith.geometry import LayerGeometry
 from kvsmith.pipeline.statistics.base import Statistic
 from kvsmith.pipeline.statistics.channel_histogram import ChannelHistogram
 from kvsmith.pipeline.statistics.extremes import ChannelExtremes
+from kvsmith.pipeline.statistics.plan import Plan, TensorName, TokenView, not_observed
 from kvsmith.pipeline.statistics.token_histogram import TokenHistogram
-from kvsmith.spec import NUQ, CodecSpec, Identity, TensorCodec
-
-TensorName = Literal["k", "v"]
-
-
-@dataclass(frozen=True)
-class TokenView:
-    """How values are normalised by the range of their token.
-
-    Attributes:
-        fraction: share of outliers left out, in [0, 0.5).
-        group_size: channels of a head that share a range; None for the whole token.
-    """
-
-    fraction: float = 0.0
-    group_size: int | None = None
-
-    @property
-    def name(self) -> str:
-        """Part of a tensor's name."""
-        return f"fraction{self.fraction:g}_group{self.group_size or 0}"
-
-
-@dataclass(frozen=True)
-class TensorPlan:
-    """What is observed of keys, or of values.
-
-    Attributes:
-        channels: whether channels are (exact percentiles and a histogram each).
-        tokens: normalisations whose values are.
-    """
-
-    channels: bool
-    tokens: tuple[TokenView, ...]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is observed.
-
-    Attributes:
-        k, v: of keys and of values.
-        total: tokens that will be seen.
-        max_fraction: largest share of outliers that channel ranges can be asked for.
-        fisher: whether Fisher information comes along.
-    """
-
-    k: TensorPlan
-    v: TensorPlan
-    total: int
-    max_fraction: float
-    fisher: bool
-
-
-def needs(codec: TensorCodec) -> Literal["channels"] | TokenView | None:
-    """What the parameters of a codec are fitted to.
-
-    Returns:
-        "channels", a TokenView, or None for a codec without parameters.
-
-    Raises:
-        ValueError: a codebook fitted to online ranges of channels; nothing observes these.
-    """
-    q = codec.quantizer
-    if isinstance(q, Identity):
-        return None
-    if q.range == "calibrated":
-        return "channels"
-    if not isinstance(q, NUQ) or q.table != "fitted":
-        return None
-    if q.axis == "channel":
-        remedy = "Use range: calibrated, or table: nf."
-        raise ValueError(
-            explain(
-                "quantizer.axis",
-                "value",
-                "token for a fitted table with range online",
-                q.axis,
-                remedy,
-            )
-        )
-    return TokenView(codec.fraction, q.group_size)
-
-
-def plan_for(
-    codecs: Iterable[CodecSpec],
-    total: int,
-    max_fraction: float,
-    fractions: tuple[float, ...],
-    fisher: bool,
-) -> Plan:
-    """Observe what the codecs need, and in any case channels of keys and tokens of values.
-
-    Args:
-        codecs: codecs that will be fitted.
-        total: tokens that will be seen.
-        max_fraction: largest share of outliers of channel ranges.
-        fractions: shares of outliers that values are normalised with, whole tokens.
-        fisher: whether Fisher information comes along.
-
-    Raises:
-        ValueError: a codec's fraction exceeds max_fraction, or it cannot be observed.
-    """
-    channels: dict[str, bool] = {"k": True, "v": False}
-    tokens: dict[str, set[TokenView]] = {"k": set(), "v": {TokenView(f) for f in fractions}}
-    for codec in codecs:
-        for name, part in (("k", codec.k), ("v", codec.v)):
-            need = needs(part)
-            if isinstance(need, TokenView):
-                tokens[name].add(need)
-            elif need == "channels":
-                check_fraction(part.fraction, max_fraction)
-                channels[name] = True
-    k, v = (
-        TensorPlan(channels[n], tuple(sorted(tokens[n], key=lambda view: view.name)))
-        for n in ("k", "v")
-    )
-    return Plan(k, v, total, max_fraction, fisher)
-
-
-def check_fraction(fraction: float, max_fraction: float) -> None:
-    """Refuse a share of outliers that channel statistics do not reach."""
-    if fraction > max_fraction:
-        remedy = f"Calibrate with max_fraction={fraction:g}."
-        expected = f"at most max_fraction = {max_fraction:g}"
-        raise ValueError(
-            explain("outliers.fraction", "share of elements", expected, f"{fraction:g}", remedy)
-        )
 
 
 class LayerStatistics:
@@ -187,6 +58,27 @@ class LayerStatistics:
         """
         for _, statistic in self._of(name):
             statistic.update(values, fisher)
+
+    def channels(self, name: TensorName) -> tuple[ChannelExtremes, ChannelHistogram]:
+        """Statistics of the channels of keys or values.
+
+        Raises:
+            ValueError: they were not observed.
+        """
+        if name not in self.extremes:
+            raise not_observed(name, "channels")
+        return self.extremes[name], self.histograms[name]
+
+    def view(self, name: TensorName, view: TokenView) -> TokenHistogram:
+        """Statistics of keys or values normalised by token.
+
+        Raises:
+            ValueError: they were not observed.
+        """
+        if view not in self.tokens[name]:
+            asked = f"tokens with fraction {view.fraction:g}, group_size {view.group_size}"
+            raise not_observed(name, asked)
+        return self.tokens[name][view]
 
     def merge(self, other: LayerStatistics) -> None:
         """Take in what another worker's statistics of this layer have seen."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvsmith.errors import explain
-from kvsmith.pipeline.calibration import RECORD, Record, Source, layer_file
+from kvsmith.pipeline.calibration.record import RECORD, Record, Source, layer_file
 from kvsmith.pipeline.log import Run
 from kvsmith.pipeline.stage import (
     Stop,
@@ -23,7 +23,8 @@ from kvsmith.pipeline.stage import (
     write_safetensors,
 )
 from kvsmith.pipeline.statistics import LayerStatistics
-from kvsmith.pipeline.taps import Taps, TensorName, frozen
+from kvsmith.pipeline.statistics.plan import TensorName
+from kvsmith.pipeline.taps import Taps, frozen
 from kvsmith.version import __version__
 
 SHARE = 20  # writing checkpoints takes at most one part in so many of the time

@@ -1,0 +1,35 @@
+"""The steps of calibration, and what they leave for later steps.
+
+A folder `artifacts/calibration/<model>/<hash8>/` holds `calibration.json` (where the numbers come
+from), `statistics/layer-000.safetensors`, ... and `parameters/<codec>/layer-000.safetensors`, ...
+`record.py` reads them, `collect.py` makes the statistics, `parameters.py` fits any codec that the
+statistics reach, also long after the model has gone.
+"""
+
+from kvsmith.pipeline.calibration.parameters import fit_stages, owns_parameters, parameters_for
+from kvsmith.pipeline.calibration.record import (
+    RECORD,
+    Record,
+    Source,
+    check_model,
+    describe_model,
+    find_calibration,
+    read_record,
+    read_statistics,
+    weights_hash,
+)
+
+__all__ = [
+    "RECORD",
+    "Record",
+    "Source",
+    "check_model",
+    "describe_model",
+    "find_calibration",
+    "fit_stages",
+    "owns_parameters",
+    "parameters_for",
+    "read_record",
+    "read_statistics",
+    "weights_hash",
+]
