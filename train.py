@@ -1,4 +1,4 @@
-"""Train a model: `python train.py experiment=pretrain_tiny` (see conf/train.yaml and conf/experiment/)."""
+"""Train: `python train.py experiment=pretrain_tiny` (see conf/train.yaml, conf/experiment/)."""
 
 from kvsmith.pipeline.config import launch
 from kvsmith.pipeline.train import TrainConfig, run

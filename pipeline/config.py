@@ -1,8 +1,9 @@
-"""From the folder `conf/` to frozen dataclasses: the one place, besides the scripts, that knows Hydra.
+"""From the folder `conf/` to frozen dataclasses: the one module that knows Hydra.
 
-A script is `launch("train", TrainConfig, run)`. Hydra composes `conf/train.yaml` and the command line, `strict.from_dict`
-checks the result, and `run(cfg, folder)` does the work; `folder` is this run's own folder, `runs/<job>/<date_time>`.
-Whatever the user got wrong ends as one line on stderr and exit code 1; KVSMITH_DEBUG=1 shows the traceback instead.
+A script is `launch("train", TrainConfig, run)`. Hydra composes `conf/train.yaml` and the command
+line, `strict.from_dict` checks the result, and `run(cfg, folder)` does the work; `folder` is this
+run's own folder, `runs/<job>/<date_time>`. Whatever the user got wrong ends as one line on stderr
+and exit code 1; KVSMITH_DEBUG=1 shows the traceback instead.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class DebugConfig:
 
 
 def repository_root() -> Path:
-    """The folder that holds `kvsmith/`; relative paths of the configuration start here, wherever the script is run from."""
+    """The folder that holds `kvsmith/`: relative paths start here, wherever a script is run."""
     return Path(kvsmith.__file__).resolve().parent.parent
 
 
@@ -57,7 +58,8 @@ def input_path(path: str) -> Path:
     """Where an existing file or folder of the configuration is.
 
     Args:
-        path: absolute, or relative to the current folder (if something is there) or to the repository root.
+        path: absolute, or relative to the current folder (if something is there) or to the
+            repository root.
 
     Returns:
         An absolute path; whether it exists is the caller's question.
@@ -127,7 +129,7 @@ def launch(name: str, cls: type[T], run: Callable[[T, Path], object]) -> None:
         for cfg, folder in checked:
             run(cfg, folder)
 
-    # With this variable Hydra raises what went wrong instead of printing several lines and exiting by itself.
+    # Hydra then raises what went wrong, instead of printing several lines and exiting by itself.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     sys.exit(main_guard(guarded))
 
@@ -136,8 +138,8 @@ def main_guard(run: Callable[[], object]) -> int:
     """Call `run`; turn a user's error into one line on stderr.
 
     Args:
-        run: the work. ValueError, TypeError and OSError are taken as the user's; anything else is a bug of ours and
-            keeps its traceback.
+        run: the work. ValueError, TypeError and OSError are taken as the user's; anything else is a
+            bug of ours and keeps its traceback.
 
     Returns:
         The exit code: 0, 1 after a user's error, 130 after Ctrl-C.
@@ -161,12 +163,15 @@ def config_hash(config: object, exclude: Iterable[str] = NOT_IDENTITY) -> str:
 
     Args:
         config: a dataclass or plain data.
-        exclude: keys that do not count, at any depth: where and how loudly a thing is computed is not what it is.
+        exclude: keys that do not count, at any depth: where and how loudly a thing is computed is
+            not what it is.
 
     Returns:
         8 hexadecimal digits, the start of the SHA-256 of the canonical JSON (sorted keys).
     """
-    text = json.dumps(_without(to_dict(config), frozenset(exclude)), sort_keys=True, separators=(",", ":"))
+    text = json.dumps(
+        _without(to_dict(config), frozenset(exclude)), sort_keys=True, separators=(",", ":")
+    )
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
@@ -188,7 +193,9 @@ def _plain(config: DictConfig) -> dict[str, Any]:
         data = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except MissingMandatoryValue as error:
         key = str(error.full_key)
-        raise ValueError(explain(key, "value", "given", "nothing", f"Add {key}=... to the command line.")) from error
+        raise ValueError(
+            explain(key, "value", "given", "nothing", f"Add {key}=... to the command line.")
+        ) from error
     assert isinstance(data, dict)
     return {str(key): value for key, value in data.items()}
 
@@ -209,15 +216,26 @@ def _one_line(name: str, error: Exception) -> str:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
         options = [str(o) for o in error.options or ()]
-        return explain(group or name, "value", f"one of {', '.join(options)}", repr(option), _near(option, options))
+        return explain(
+            group or name,
+            "value",
+            f"one of {', '.join(options)}",
+            repr(option),
+            _near(option, options),
+        )
     text = " ".join(str(error).split())
-    unknown = re.search(r"Could not (?:override|append to config|delete from config)[^']*'([^']+)'", text)
+    unknown = re.search(
+        r"Could not (?:override|append to config|delete from config)[^']*'([^']+)'", text
+    )
     if unknown is None:
         return f"conf/{name}.yaml: {text}"
     key = unknown.group(1)
     known = _known_keys(name)
     siblings = [k for k in known if k.rpartition(".")[0] == key.rpartition(".")[0]]
-    remedy = _near(key, known) or f"There are {', '.join(siblings or [k for k in known if '.' not in k])}."
+    remedy = (
+        _near(key, known)
+        or f"There are {', '.join(siblings or [k for k in known if '.' not in k])}."
+    )
     return explain(f"conf/{name}.yaml", "key", "one of the configuration's", repr(key), remedy)
 
 

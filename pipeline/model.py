@@ -1,8 +1,9 @@
-"""From `model=tiny`, `model.path=DIR` or a hub name to a model and its tokenizer, in evaluation mode.
+"""From `model=tiny`, `model.path=DIR` or a hub name to a model and its tokenizer.
 
-Remote code is off and weights are read from safetensors only. A local folder is looked through first, so that a missing
-or truncated file is named in one line. `dtype=auto` computes in float32 on a CPU (exact, and faster there when decoding)
-and in bfloat16 on a GPU, whatever the file stores; the shipped tiny model is stored in bfloat16.
+Remote code is off and weights are read from safetensors only. A local folder is looked through
+first, so that a missing or truncated file is named in one line. `dtype=auto` computes in float32 on
+a CPU (exact, and faster there when decoding) and in bfloat16 on a GPU, whatever the file stores;
+the shipped tiny model is stored in bfloat16.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging as transformers_logging
 
 from kvsmith.errors import explain
 from kvsmith.pipeline.config import input_path
@@ -35,7 +37,8 @@ class ModelConfig:
     """Which model, and how it is loaded.
 
     Args:
-        path: folder (absolute, relative to the current folder or to the repository root) or hub name `owner/name`.
+        path: folder (absolute, relative to the current folder or to the repository root) or hub
+            name `owner/name`.
         name: word for tables and bundle folders; None is the last part of `path`.
         dtype: what to compute in; `auto` is float32 on a CPU and bfloat16 on a GPU.
         device: `auto` is CUDA where there is one.
@@ -69,6 +72,7 @@ def load_model(cfg: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
         FileNotFoundError: no such folder, or a file is missing in it.
         ValueError: a damaged file, a GPU that is not there, or something that transformers refuses.
     """
+    no_bars()
     device = model_device(cfg)
     source = _source(cfg)
     dtype = _dtype(cfg, device)
@@ -82,9 +86,16 @@ def load_model(cfg: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
             trust_remote_code=False,
         )
     except (OSError, ValueError, SafetensorError, KeyError) as error:
-        raise ValueError(explain("model.path", "model", "loadable", f"{cfg.path!r}: {_first(error)}")) from error
+        raise ValueError(
+            explain("model.path", "model", "loadable", f"{cfg.path!r}: {_first(error)}")
+        ) from error
     tokenizer = _tokenizer(cfg, source)
     return model.to(device).eval(), tokenizer
+
+
+def no_bars() -> None:
+    """Switch off transformers' own progress bars: what a run tells goes through `log.py`."""
+    transformers_logging.disable_progress_bar()
 
 
 def load_tokenizer(cfg: ModelConfig) -> PreTrainedTokenizerBase:
@@ -112,7 +123,15 @@ def model_device(cfg: ModelConfig) -> torch.device:
     """
     found = torch.cuda.is_available()
     if cfg.device == "cuda" and not found:
-        raise ValueError(explain("model.device", "value", "a device of this machine", "'cuda'", "Use model.device=cpu."))
+        raise ValueError(
+            explain(
+                "model.device",
+                "value",
+                "a device of this machine",
+                "'cuda'",
+                "Use model.device=cpu.",
+            )
+        )
     return torch.device("cuda" if cfg.device != "cpu" and found else "cpu")
 
 
@@ -132,7 +151,11 @@ def _source(cfg: ModelConfig, weights: bool = True) -> str:
     owner, _, name = cfg.path.partition("/")
     if not name or "/" in name or not owner.strip("."):
         remedy = "Give a folder with config.json and model.safetensors, or a hub name owner/name."
-        raise FileNotFoundError(explain("model.path", "value", "an existing folder or a hub name", repr(cfg.path), remedy))
+        raise FileNotFoundError(
+            explain(
+                "model.path", "value", "an existing folder or a hub name", repr(cfg.path), remedy
+            )
+        )
     return cfg.path
 
 
@@ -146,7 +169,9 @@ def _check_weights(folder: Path) -> None:
         try:
             names = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
         except (ValueError, KeyError, AttributeError) as error:
-            raise ValueError(explain(str(index), "file", "an index of shards", _first(error))) from error
+            raise ValueError(
+                explain(str(index), "file", "an index of shards", _first(error))
+            ) from error
     for name in sorted(names):
         path = folder / name
         if not path.is_file():
@@ -156,7 +181,9 @@ def _check_weights(folder: Path) -> None:
                 pass
         except (SafetensorError, OSError) as error:
             remedy = "Copy or download the file again."
-            raise ValueError(explain(str(path), "file", "whole safetensors", f"({_first(error)})", remedy)) from error
+            raise ValueError(
+                explain(str(path), "file", "whole safetensors", f"({_first(error)})", remedy)
+            ) from error
 
 
 def _tokenizer(cfg: ModelConfig, source: str) -> PreTrainedTokenizerBase:
@@ -164,9 +191,13 @@ def _tokenizer(cfg: ModelConfig, source: str) -> PreTrainedTokenizerBase:
     if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise FileNotFoundError(explain(source, "tokenizer", "present (tokenizer.json)", "nothing"))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=cfg.revision or "main", trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            source, revision=cfg.revision or "main", trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(explain("model.path", "tokenizer", "loadable", f"{cfg.path!r}: {_first(error)}")) from error
+        raise ValueError(
+            explain("model.path", "tokenizer", "loadable", f"{cfg.path!r}: {_first(error)}")
+        ) from error
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     return tokenizer
 

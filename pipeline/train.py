@@ -54,4 +54,12 @@ def run(cfg: TrainConfig, folder: Path) -> None:
     task = cfg.pretrain.smoke() if cfg.debug.smoke else cfg.pretrain
     default = str(folder / "model") if cfg.debug.smoke else cfg.model.path
     output, work = output_path(cfg.output or default), output_path(cfg.work)
-    pretrain(task, cfg.data, cfg.model, output, folder if cfg.debug.smoke else work, cfg.logger, cfg.overwrite)
+    pretrain(
+        task,
+        cfg.data,
+        cfg.model,
+        output,
+        folder if cfg.debug.smoke else work,
+        cfg.logger,
+        cfg.overwrite,
+    )

@@ -1,7 +1,7 @@
-"""Text for training, calibration and held-out tests: sources, splits by content hash, and token windows.
+"""Text for training, calibration and held-out tests: sources, splits and token windows.
 
-`split.py` cuts and splits, `pydocs.py` and `textfile.py` are the sources, `documents.py` picks one, `tokens.py` makes
-windows of tokens.
+`split.py` cuts and splits, `pydocs.py` and `textfile.py` are the sources, `documents.py` picks one,
+`tokens.py` makes windows of tokens.
 """
 
 from kvsmith.pipeline.data.documents import DataConfig, load_documents
@@ -10,4 +10,13 @@ from kvsmith.pipeline.data.split import Split
 from kvsmith.pipeline.data.textfile import TextfileData
 from kvsmith.pipeline.data.tokens import token_blocks, token_stream, tokens_hash
 
-__all__ = ["DataConfig", "PydocsData", "Split", "TextfileData", "load_documents", "token_blocks", "token_stream", "tokens_hash"]
+__all__ = [
+    "DataConfig",
+    "PydocsData",
+    "Split",
+    "TextfileData",
+    "load_documents",
+    "token_blocks",
+    "token_stream",
+    "tokens_hash",
+]

@@ -1,7 +1,7 @@
 """One function over all sources of text: `load_documents(cfg, split)`.
 
-A source is a frozen dataclass with its own `kind` and a generator of pieces; a new one adds a file beside this, a member
-of `DataConfig`, a branch below and a YAML file in `conf/data/`.
+A source is a frozen dataclass with its own `kind` and a generator of pieces; a new one adds a file
+beside this, a member of `DataConfig`, a branch below and a YAML file in `conf/data/`.
 """
 
 from __future__ import annotations
@@ -31,6 +31,10 @@ def load_documents(cfg: DataConfig, split: Split) -> Iterator[str]:
         FileNotFoundError, ValueError: the source is missing or broken, or the split is unknown.
     """
     if split not in get_args(Split):
-        raise ValueError(explain("split", "value", f"one of {', '.join(get_args(Split))}", repr(split)))
-    documents = pydocs_documents(split) if isinstance(cfg, PydocsData) else textfile_documents(cfg, split)
+        raise ValueError(
+            explain("split", "value", f"one of {', '.join(get_args(Split))}", repr(split))
+        )
+    documents = (
+        pydocs_documents(split) if isinstance(cfg, PydocsData) else textfile_documents(cfg, split)
+    )
     yield from (text for text in documents if text.strip())

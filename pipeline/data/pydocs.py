@@ -1,9 +1,10 @@
-"""`data=pydocs`: the English that every Python installation carries, so that no run needs a download.
+"""`data=pydocs`: the English that every Python installation carries; needs no download.
 
-Four sources, in this order: the language reference (`pydoc_data.topics`), then module by module the docstrings of the
-standard library and its longer comments (read from the source files, nothing is imported), then the docstrings of the
-interpreter's built-in modules. Code is not part of it, except where the text quotes it. Each text is cut and split by its
-content (see `split.py`); the exact corpus differs a little between Python versions, the split of a text does not.
+Four sources, in this order: the language reference (`pydoc_data.topics`), then module by module the
+docstrings of the standard library and its longer comments (read from the source files, nothing is
+imported), then the docstrings of the interpreter's built-in modules. Code is not part of it, except
+where the text quotes it. Each text is cut and split by its content (see `split.py`); the exact
+corpus differs a little between Python versions, the split of a text does not.
 """
 
 from __future__ import annotations
@@ -21,7 +22,18 @@ from typing import Literal
 
 from kvsmith.pipeline.data.split import Split, cut, split_of
 
-SKIPPED = frozenset({"test", "tests", "idlelib", "lib2to3", "turtledemo", "site-packages", "dist-packages", "__pycache__"})
+SKIPPED = frozenset(
+    {
+        "test",
+        "tests",
+        "idlelib",
+        "lib2to3",
+        "turtledemo",
+        "site-packages",
+        "dist-packages",
+        "__pycache__",
+    }
+)
 MIN_DOCSTRING = 40  # characters; below are one-word labels
 MIN_COMMENT = 120  # below is mostly code that was commented out
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
@@ -65,7 +77,11 @@ def _source_texts(path: Path) -> Iterator[str]:
         tree = ast.parse(source)
     except (SyntaxError, ValueError):  # a template, or not UTF-8
         return
-    texts = [(_line(node), ast.get_docstring(node) or "") for node in ast.walk(tree) if isinstance(node, DOCUMENTED)]
+    texts = [
+        (_line(node), ast.get_docstring(node) or "")
+        for node in ast.walk(tree)
+        if isinstance(node, DOCUMENTED)
+    ]
     found = [(line, text) for line, text in texts if len(text) >= MIN_DOCSTRING]
     found += [(line, text) for line, text in _comments(source) if len(text) >= MIN_COMMENT]
     yield from (text for _, text in sorted(found))

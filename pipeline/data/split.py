@@ -1,8 +1,9 @@
 """Cutting text into pieces and pieces into splits, by content alone.
 
-A piece's split is read off its SHA-256, so it never depends on what else the corpus holds: the same paragraph is in the
-same split under every Python version, and identical pieces are never in two splits. Long documents are cut first, at
-paragraphs whose own hash says so; an edit at the start of a document therefore leaves the cuts after it where they were.
+A piece's split is read off its SHA-256, so it never depends on what else the corpus holds: the same
+paragraph is in the same split under every Python version, and identical pieces are never in two
+splits. Long documents are cut first, at paragraphs whose own hash says so; an edit at the start of
+a document therefore leaves the cuts after it where they were.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ Split = Literal["train", "calibration", "heldout"]
 
 # Shares in percent, in this order along the hash: train, calibration, heldout.
 SHARES: dict[Split, int] = {"train": 84, "calibration": 8, "heldout": 8}
-PIECE_CHARS = 1500  # a piece is closed at a chosen paragraph from half of this on, and at any from twice this on
+# A piece ends at a chosen paragraph from half of this on, and at any from twice this on.
+PIECE_CHARS = 1500
 
 
 def split_of(text: str) -> Split:
@@ -32,8 +34,10 @@ def cut(text: str, piece_chars: int = PIECE_CHARS) -> Iterator[str]:
     """Cut a document into pieces of whole paragraphs.
 
     Args:
-        text: a document; paragraphs are separated by blank lines, a longer one is cut at line ends or by force.
-        piece_chars: wanted length in characters; pieces come out between half and about three times of it.
+        text: a document; paragraphs are separated by blank lines, a longer one is cut at line ends
+            or by force.
+        piece_chars: wanted length in characters; pieces come out between half and about three times
+            of it.
 
     Yields:
         Pieces in order, without blank ends; a short document is one piece.

@@ -1,4 +1,4 @@
-"""From documents to token windows: joined by the end-of-text token, cut into equal windows, chosen by a seed."""
+"""From documents to token windows: joined by end-of-text, cut equally, chosen by a seed."""
 
 from __future__ import annotations
 
@@ -15,18 +15,23 @@ from kvsmith.errors import explain
 from kvsmith.pipeline.data.documents import DataConfig, load_documents
 from kvsmith.pipeline.data.split import Split
 
-# Random windows are drawn from the first POOL x n windows of the split, so that a huge corpus is not read to its end.
+# Random windows come from the first POOL x n of the split: a huge corpus is not read to its end.
 POOL = 16
 BATCH = 256
 
 
 def token_blocks(
-    tokenizer: PreTrainedTokenizerBase, cfg: DataConfig, split: Split, n: int | None, length: int, seed: int | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    cfg: DataConfig,
+    split: Split,
+    n: int | None,
+    length: int,
+    seed: int | None = None,
 ) -> Tensor:
     """Windows of tokens from one split; the same arguments give the same tokens.
 
-    Documents are joined in order with the end-of-text token after each (the tokenizer's other special tokens are not
-    added) and the stream is cut into windows that do not overlap.
+    Documents are joined in order with the end-of-text token after each (the tokenizer's other
+    special tokens are not added) and the stream is cut into windows that do not overlap.
 
     Args:
         tokenizer: of the model that reads the windows.
@@ -34,13 +39,15 @@ def token_blocks(
         split: train, calibration or heldout.
         n: number of windows; None takes every whole window.
         length: tokens in a window.
-        seed: None takes the first `n` windows in order; an integer draws `n` windows without replacement.
+        seed: None takes the first `n` windows in order; an integer draws `n` windows without
+            replacement.
 
     Returns:
         [n, length] int64.
 
     Raises:
-        FileNotFoundError, ValueError: the source is missing, broken, empty or too short; says how many tokens there are.
+        FileNotFoundError, ValueError: the source is missing, broken, empty or too short; says how
+            many tokens there are.
     """
     for name, value in (("n", n), ("length", length)):
         if value is not None and value < 1:
@@ -51,7 +58,15 @@ def token_blocks(
     if len(tokens) < needed:
         shape = f"{needed} tokens ({n or 1} x {length})"
         got = f"{len(tokens)} in the {split} split of data={cfg.kind}"
-        raise ValueError(explain("data", "text", f"at least {shape}", got, "Give more text, or ask for fewer or shorter samples."))
+        raise ValueError(
+            explain(
+                "data",
+                "text",
+                f"at least {shape}",
+                got,
+                "Give more text, or ask for fewer or shorter samples.",
+            )
+        )
     windows = tokens[: len(tokens) // length * length].view(-1, length)
     if n is None or seed is None:
         return windows[:n].clone()
@@ -59,8 +74,10 @@ def token_blocks(
     return windows[torch.tensor(random.Random(seed).sample(range(len(windows)), n))]
 
 
-def token_stream(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str], limit: int | None = None) -> Tensor:
-    """Tokenize documents and join them, with the end-of-text token after each if the tokenizer has one.
+def token_stream(
+    tokenizer: PreTrainedTokenizerBase, documents: Iterable[str], limit: int | None = None
+) -> Tensor:
+    """Tokenize documents and join them, the end-of-text token (if there is one) after each.
 
     Args:
         tokenizer: any.
@@ -74,7 +91,9 @@ def token_stream(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str], l
     parts: list[Tensor] = []
     total = 0
     for batch in _batches(documents):
-        encoded = tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        encoded = tokenizer(
+            batch, add_special_tokens=False, return_attention_mask=False, verbose=False
+        )["input_ids"]
         parts += [torch.tensor([*ids, *end], dtype=torch.int64) for ids in encoded]
         total += sum(len(ids) + len(end) for ids in encoded)
         if limit is not None and total >= limit:
@@ -83,8 +102,10 @@ def token_stream(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str], l
 
 
 def tokens_hash(tokens: Tensor) -> str:
-    """SHA-256 (hexadecimal) of the tokens as little-endian int64, in order; the shape does not count."""
-    return hashlib.sha256(tokens.to(torch.int64).cpu().contiguous().numpy().astype("<i8").tobytes()).hexdigest()
+    """SHA-256 in hexadecimal of the tokens as little-endian int64; the shape does not count."""
+    return hashlib.sha256(
+        tokens.to(torch.int64).cpu().contiguous().numpy().astype("<i8").tobytes()
+    ).hexdigest()
 
 
 def _batches(documents: Iterable[str]) -> Iterator[list[str]]:

@@ -1,4 +1,4 @@
-"""The model that is trained from scratch: Llama family, grouped-query attention, RoPE, tied embeddings."""
+"""The model that is trained: Llama family, grouped-query attention, RoPE, tied embeddings."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ class Architecture:
 
     Args:
         vocab_size: entries of the byte-level BPE vocabulary, the end-of-text token included.
-        hidden_size, layers, heads, kv_heads, head_dim, mlp_size: as usual; `heads` is a multiple of `kv_heads`.
+        hidden_size, layers, heads, kv_heads, head_dim, mlp_size: as usual; `heads` is a multiple of
+            `kv_heads`.
         context: longest sequence in tokens that the model is trained for.
         rope_theta: base of the rotary frequencies.
     """
@@ -36,9 +37,23 @@ class Architecture:
             if value <= 0:
                 raise ValueError(explain(f"pretrain.arch.{name}", "value", "positive", value))
         if self.vocab_size < 257:
-            raise ValueError(explain("pretrain.arch.vocab_size", "value", "at least 257 (bytes and end of text)", self.vocab_size))
+            raise ValueError(
+                explain(
+                    "pretrain.arch.vocab_size",
+                    "value",
+                    "at least 257 (bytes and end of text)",
+                    self.vocab_size,
+                )
+            )
         if self.heads % self.kv_heads:
-            raise ValueError(explain("pretrain.arch.heads", "value", f"a multiple of kv_heads ({self.kv_heads})", self.heads))
+            raise ValueError(
+                explain(
+                    "pretrain.arch.heads",
+                    "value",
+                    f"a multiple of kv_heads ({self.kv_heads})",
+                    self.heads,
+                )
+            )
 
 
 def build_model(arch: Architecture, end_of_text: int, seed: int) -> LlamaForCausalLM:
@@ -50,8 +65,8 @@ def build_model(arch: Architecture, end_of_text: int, seed: int) -> LlamaForCaus
         seed: of the initial weights.
 
     Returns:
-        A float32 model on the CPU, in training mode. Matrices that write into the residual stream start smaller by
-        sqrt(2 x layers), so that its variance does not grow with depth.
+        A float32 model on the CPU, in training mode. Matrices that write into the residual stream
+        start smaller by sqrt(2 x layers), so that its variance does not grow with depth.
     """
     config = LlamaConfig(
         vocab_size=arch.vocab_size,

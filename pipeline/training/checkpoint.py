@@ -1,13 +1,15 @@
-"""One file that holds everything a run needs to continue: weights, moments, and the step.
+"""One file that holds everything a run needs to continue: weights, moments, and progress.
 
-A safetensors file with tensors `model.<name>`, `exp_avg.<name>`, `exp_avg_sq.<name>` and JSON in its header. The data
-order and the dropout masks are functions of (seed, step), so the step is the data position and there is no generator state.
+A safetensors file with tensors `model.<name>`, `exp_avg.<name>`, `exp_avg_sq.<name>` and JSON in
+its header. The data order and the dropout masks are functions of (seed, step), so the step is the
+data position and there is no generator state.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,17 +19,35 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from kvsmith.errors import explain
+from kvsmith.strict import from_dict, to_dict
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def save_checkpoint(path: Path, model: nn.Module, optimizer: AdamW, step: int, identity: str) -> None:
+@dataclass(frozen=True)
+class Done:
+    """What a run has done so far, over all its starts.
+
+    Args:
+        steps: optimizer steps.
+        seconds: wall time of training.
+        cpu_seconds: processor time of all threads.
+    """
+
+    steps: int = 0
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+
+
+def save_checkpoint(
+    path: Path, model: nn.Module, optimizer: AdamW, done: Done, identity: str
+) -> None:
     """Write the checkpoint whole or not at all.
 
     Args:
         path: target; a file there is replaced in one move.
         model, optimizer: their current state.
-        step: steps done.
+        done: progress.
         identity: hash of the run's configuration.
     """
     tensors: dict[str, Tensor] = {}
@@ -36,7 +56,7 @@ def save_checkpoint(path: Path, model: nn.Module, optimizer: AdamW, step: int, i
         for moment in MOMENTS:
             if moment in optimizer.state[weight]:
                 tensors[f"{moment}.{name}"] = optimizer.state[weight][moment]
-    header = {"kvsmith": json.dumps({"step": step, "identity": identity})}
+    header = {"kvsmith": json.dumps({"done": to_dict(done), "identity": identity})}
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     save_file(tensors, temporary, metadata=header)
     with temporary.open("rb") as file:
@@ -44,7 +64,7 @@ def save_checkpoint(path: Path, model: nn.Module, optimizer: AdamW, step: int, i
     os.replace(temporary, path)
 
 
-def load_checkpoint(path: Path, model: nn.Module, optimizer: AdamW, identity: str) -> int:
+def load_checkpoint(path: Path, model: nn.Module, optimizer: AdamW, identity: str) -> Done:
     """Put the model and the optimizer back where a checkpoint left them.
 
     Args:
@@ -53,28 +73,37 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: AdamW, identity: st
         identity: hash that the checkpoint must carry.
 
     Returns:
-        Steps done; 0 without a checkpoint.
+        Progress; nothing without a checkpoint.
 
     Raises:
         ValueError: the file is damaged or of another run.
     """
     if not path.is_file():
-        return 0
+        return Done()
     remedy = "Delete it to start from the beginning."
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads(file.metadata()["kvsmith"])
             if header["identity"] != identity:
-                raise ValueError(explain(str(path), "checkpoint", f"of run {identity}", header["identity"], remedy))
-            _restore(file, model, optimizer, header["step"])
+                raise ValueError(
+                    explain(
+                        str(path), "checkpoint", f"of run {identity}", header["identity"], remedy
+                    )
+                )
+            done = from_dict(Done, header["done"], "done")
+            _restore(file, model, optimizer, done.steps)
     except (SafetensorError, KeyError, TypeError) as error:
-        raise ValueError(explain(str(path), "file", "a whole checkpoint", f"({error})", remedy)) from error
-    return int(header["step"])
+        raise ValueError(
+            explain(str(path), "file", "a whole checkpoint", f"({error})", remedy)
+        ) from error
+    return done
 
 
 def _restore(file: safe_open, model: nn.Module, optimizer: AdamW, step: int) -> None:
     with torch.no_grad():
         for name, weight in model.named_parameters():
             weight.copy_(file.get_tensor(f"model.{name}"))
-            state = {moment: file.get_tensor(f"{moment}.{name}").to(weight.device) for moment in MOMENTS}
+            state = {
+                moment: file.get_tensor(f"{moment}.{name}").to(weight.device) for moment in MOMENTS
+            }
             optimizer.state[weight] = {"step": torch.tensor(float(step)), **state}

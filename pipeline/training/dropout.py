@@ -1,7 +1,8 @@
-"""Residual dropout for a model that has none: after the embedding, and on what each attention and MLP adds.
+"""Residual dropout for a model that has none: on the embedding, each attention and each MLP.
 
-Random numbers are what dropout costs on a CPU. So one mask is drawn a step, a little wider than the hidden size, and each
-of the 2 L + 1 places reads it shifted by `SHIFT` channels. The mask of a step is seeded by (seed, step): no state to save.
+Random numbers are what dropout costs on a CPU. So one mask is drawn a step, a little wider than the
+hidden size, and each of the 2 L + 1 places reads it shifted by `SHIFT` channels. The mask of a step
+is seeded by (seed, step): no state to save.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ class Dropout:
         dtype: of the activations.
     """
 
-    def __init__(self, model: LlamaForCausalLM, share: float, seed: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: LlamaForCausalLM, share: float, seed: int, dtype: torch.dtype
+    ) -> None:
         self._share, self._seed, self._dtype = share, seed, dtype
         self._width = model.config.hidden_size
         self._device = model.device
@@ -36,7 +39,11 @@ class Dropout:
         for layer in model.model.layers:
             places += [layer.self_attn, layer.mlp]
         self._places = places
-        self._hooks = [place.register_forward_hook(self._hook(i)) for i, place in enumerate(places)] if share else []
+        self._hooks = (
+            [place.register_forward_hook(self._hook(i)) for i, place in enumerate(places)]
+            if share
+            else []
+        )
 
     def draw(self, batch: int, length: int, step: int) -> None:
         """Fill the mask for a step of `batch` sequences of `length` tokens."""

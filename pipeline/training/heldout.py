@@ -1,4 +1,4 @@
-"""Held-out perplexity of a full-precision model: non-overlapping windows, each read from its first token."""
+"""Held-out loss of a model: non-overlapping windows, each read from its first token."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ def heldout_loss(model: PreTrainedModel, windows: Tensor, batch: int = 8) -> flo
         for part in windows.split(batch):
             part = part.to(model.device)
             logits = model(input_ids=part[:, :-1], use_cache=False).logits.float()
-            total += float(F.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="sum"))
+            total += float(
+                F.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="sum")
+            )
     model.train(training)
     return total / (windows.shape[0] * (windows.shape[1] - 1))

@@ -1,4 +1,4 @@
-"""The training loop: AdamW, warm-up and cosine, gradient clipping, autocast; exact continuation after any interruption."""
+"""The training loop; it continues exactly after any interruption."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ import math
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,104 +20,29 @@ from transformers import LlamaForCausalLM
 
 from kvsmith.errors import explain
 from kvsmith.pipeline.log import Run
-from kvsmith.pipeline.training.checkpoint import load_checkpoint, save_checkpoint
+from kvsmith.pipeline.training.checkpoint import Done, load_checkpoint, save_checkpoint
 from kvsmith.pipeline.training.dropout import Dropout
 from kvsmith.pipeline.training.heldout import heldout_loss
+from kvsmith.pipeline.training.plan import Optim
 from kvsmith.pipeline.training.windows import Windows
 
 # <malloc.h> of glibc
 M_TRIM_THRESHOLD = -1
 M_MMAP_MAX = -4
 
-
-@dataclass(frozen=True)
-class Phase:
-    """A part of training with one sequence length.
-
-    Args:
-        share: of all tokens, in (0, 1]; the shares of all phases sum to 1.
-        length: tokens in a sequence.
-    """
-
-    share: float
-    length: int
-
-
-@dataclass(frozen=True)
-class Optim:
-    """How long and how fast.
-
-    Args:
-        tokens: tokens seen in all; rounded up to whole steps.
-        batch_tokens: tokens in a step, a multiple of every phase's length.
-        phases: sequence lengths in order.
-        lr: peak learning rate, reached after `warmup_steps`, falling along a cosine to `final_lr` times it.
-        weight_decay: on matrices only.
-        betas: of AdamW.
-        grad_clip: largest norm of the whole gradient.
-        dropout: share of zeros on the residual stream's inputs.
-        precision: autocast; master weights are float32 either way.
-        compile: torch.compile; needs a C++ compiler on a CPU.
-        checkpoint_steps, eval_steps: how often; both also at the end.
-        eval_windows: held-out windows of the context's length for the running measure.
-    """
-
-    tokens: int
-    batch_tokens: int
-    phases: tuple[Phase, ...]
-    lr: float
-    warmup_steps: int
-    final_lr: float = 0.05
-    weight_decay: float = 0.1
-    betas: tuple[float, float] = (0.9, 0.95)
-    grad_clip: float = 1.0
-    dropout: float = 0.0
-    precision: Literal["float32", "bfloat16"] = "bfloat16"
-    compile: bool = True
-    checkpoint_steps: int = 200
-    eval_steps: int = 200
-    eval_windows: int = 8
-
-    def __post_init__(self) -> None:
-        where = "pretrain.optim"
-        for name in ("tokens", "batch_tokens", "lr", "grad_clip", "checkpoint_steps", "eval_steps", "eval_windows"):
-            if getattr(self, name) <= 0:
-                raise ValueError(explain(f"{where}.{name}", "value", "positive", getattr(self, name)))
-        if not self.phases or abs(sum(phase.share for phase in self.phases) - 1) > 1e-6:
-            shares = [phase.share for phase in self.phases]
-            raise ValueError(explain(f"{where}.phases", "shares", "at least one, with sum 1", shares))
-        for phase in self.phases:
-            if phase.length <= 0 or self.batch_tokens % phase.length:
-                expected = f"a divisor of batch_tokens ({self.batch_tokens})"
-                raise ValueError(explain(f"{where}.phases", "length", expected, phase.length))
-        if not 0 <= self.dropout < 1:
-            raise ValueError(explain(f"{where}.dropout", "value", "in [0, 1)", self.dropout))
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps in all."""
-        return math.ceil(self.tokens / self.batch_tokens)
-
-    def length_at(self, step: int) -> int:
-        """Sequence length of a step."""
-        done = 0.0
-        for phase in self.phases:
-            done += phase.share
-            if step < round(done * self.steps):
-                return phase.length
-        return self.phases[-1].length
-
-    def lr_at(self, step: int) -> float:
-        """Learning rate of a step."""
-        if step < self.warmup_steps:
-            return self.lr * (step + 1) / self.warmup_steps
-        place = (step - self.warmup_steps) / max(self.steps - self.warmup_steps, 1)
-        return self.lr * (self.final_lr + (1 - self.final_lr) * 0.5 * (1 + math.cos(math.pi * place)))
+LOG_STEPS = 10
 
 
 def fit(
-    model: LlamaForCausalLM, stream: Tensor, heldout: Tensor, cfg: Optim, seed: int, run: Run, checkpoint: Path, identity: str
-) -> None:
+    model: LlamaForCausalLM,
+    stream: Tensor,
+    heldout: Tensor,
+    cfg: Optim,
+    seed: int,
+    run: Run,
+    checkpoint: Path,
+    identity: str,
+) -> Done:
     """Train `model` in place from its checkpoint, or from the start, to the last step.
 
     Args:
@@ -127,48 +51,72 @@ def fit(
         heldout: [N, context] int64 windows for the running measure.
         cfg: see `Optim`.
         seed: of data order and dropout.
-        run: gets scalars `loss`, `lr`, `grad_norm`, `heldout_loss`.
+        run: gets scalars `tokens`, `loss`, `lr`, `grad_norm`, and `heldout_loss` now and then.
         checkpoint: file to continue from and to write.
         identity: hash of the configuration; a checkpoint of another run is refused.
 
+    Returns:
+        Steps and time over all starts.
+
     Raises:
         ValueError: the loss is not finite, the checkpoint does not fit, or the text is too short.
-        SystemExit: 143 after SIGTERM, with the checkpoint written.
+        SystemExit: 143 after SIGTERM and 130 after Ctrl-C, with the checkpoint written.
     """
     _keep_freed_memory()
     optimizer = _optimizer(model, cfg)
-    begin = load_checkpoint(checkpoint, model, optimizer, identity)
-    if begin:
-        run.say(f"continuing at step {begin} of {cfg.steps} from {checkpoint}")
-    step_fn = _Step(model, optimizer, stream, cfg, seed)
-    tokens = cfg.batch_tokens
-    with _signals() as caught, run.progress(cfg.steps * tokens, "tokens", start=begin * tokens) as progress:
-        for step in range(begin, cfg.steps):
-            values = step_fn(step)
-            done = step + 1
+    before = load_checkpoint(checkpoint, model, optimizer, identity)
+    if before.steps:
+        run.say(f"continuing at step {before.steps} of {cfg.steps} from {checkpoint}")
+        run.rewind(before.steps)
+    clock = _Clock(before)
+    one_step = _Step(model, optimizer, stream, cfg, seed)
+    total, tokens = cfg.steps * cfg.batch_tokens, cfg.batch_tokens
+    with _signals() as caught, run.progress(total, "tokens", before.steps * tokens) as progress:
+        for done in range(before.steps + 1, cfg.steps + 1):
+            values = one_step(done - 1)
             if done % cfg.eval_steps == 0 or done == cfg.steps:
                 with _autocast(model, cfg):
                     values["heldout_loss"] = heldout_loss(model, heldout[: cfg.eval_windows])
-            if done % 10 == 0 or len(values) > 3:
+            if done % LOG_STEPS == 0 or "heldout_loss" in values:
                 run.scalars(done, {"tokens": done * tokens, **values})
             if done % cfg.checkpoint_steps == 0 or done == cfg.steps or caught:
-                save_checkpoint(checkpoint, model, optimizer, done, identity)
-            progress.advance(tokens, **{name: value for name, value in values.items() if "loss" in name})
+                save_checkpoint(checkpoint, model, optimizer, clock.at(done), identity)
+            progress.advance(tokens, **{k: v for k, v in values.items() if "loss" in k})
             if caught:
                 run.say(f"stopped by a signal after step {done}; the same command continues")
                 raise SystemExit(128 + caught[0])
-    step_fn.dropout.remove()
+    one_step.dropout.remove()
+    return clock.at(cfg.steps)
+
+
+class _Clock:
+    """Wall and processor time of this start, added to that of the starts before."""
+
+    def __init__(self, before: Done) -> None:
+        self._before = before
+        self._wall, self._cpu = time.monotonic(), time.process_time()
+
+    def at(self, steps: int) -> Done:
+        return Done(
+            steps,
+            self._before.seconds + time.monotonic() - self._wall,
+            self._before.cpu_seconds + time.process_time() - self._cpu,
+        )
 
 
 class _Step:
     """One optimizer step as a function of its number."""
 
-    def __init__(self, model: LlamaForCausalLM, optimizer: AdamW, stream: Tensor, cfg: Optim, seed: int) -> None:
+    def __init__(
+        self, model: LlamaForCausalLM, optimizer: AdamW, stream: Tensor, cfg: Optim, seed: int
+    ) -> None:
         self._model, self._optimizer, self._cfg = model, optimizer, cfg
         self._windows = {
-            phase.length: Windows(stream, phase.length, cfg.batch_tokens // phase.length, seed) for phase in cfg.phases
+            phase.length: Windows(stream, phase.length, cfg.batch_tokens // phase.length, seed)
+            for phase in cfg.phases
         }
-        self.dropout = Dropout(model, cfg.dropout, seed, torch.bfloat16 if cfg.precision == "bfloat16" else torch.float32)
+        dtype = torch.bfloat16 if cfg.precision == "bfloat16" else torch.float32
+        self.dropout = Dropout(model, cfg.dropout, seed, dtype)
         self._loss = _loss_function(model, cfg)
 
     def __call__(self, step: int) -> dict[str, float]:
@@ -179,7 +127,9 @@ class _Step:
         value = loss.item()
         if not math.isfinite(value):
             remedy = "Lower pretrain.optim.lr; the last checkpoint is kept."
-            raise ValueError(explain("training", f"loss at step {step + 1}", "finite", value, remedy))
+            raise ValueError(
+                explain("training", f"loss at step {step + 1}", "finite", value, remedy)
+            )
         loss.backward()
         norm = float(nn.utils.clip_grad_norm_(self._model.parameters(), self._cfg.grad_clip))
         for group in self._optimizer.param_groups:
@@ -198,15 +148,21 @@ def _loss_function(model: LlamaForCausalLM, cfg: Optim) -> Callable[[Tensor, Ten
 
     if not cfg.compile:
         return loss
-    if model.device.type == "cpu" and not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
+    if model.device.type == "cpu" and not any(
+        shutil.which(name) for name in ("c++", "g++", "clang++")
+    ):
         remedy = "Install g++, or set pretrain.optim.compile=false."
-        raise ValueError(explain("pretrain.optim.compile", "C++ compiler", "on the path", "none", remedy))
+        raise ValueError(
+            explain("pretrain.optim.compile", "C++ compiler", "on the path", "none", remedy)
+        )
     compiled: Callable[[Tensor, Tensor], Tensor] = torch.compile(loss, dynamic=False)
     return compiled
 
 
 def _autocast(model: LlamaForCausalLM, cfg: Optim) -> torch.autocast:
-    return torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=cfg.precision == "bfloat16")
+    return torch.autocast(
+        model.device.type, dtype=torch.bfloat16, enabled=cfg.precision == "bfloat16"
+    )
 
 
 def _optimizer(model: nn.Module, cfg: Optim) -> AdamW:
@@ -219,7 +175,7 @@ def _optimizer(model: nn.Module, cfg: Optim) -> AdamW:
 
 
 def _keep_freed_memory() -> None:
-    """Tell glibc not to return freed memory: page faults on fresh activations cost an eighth of a CPU step."""
+    """Tell glibc to keep freed memory: page faults would cost an eighth of a CPU step."""
     if not sys.platform.startswith("linux"):
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # not in every libc
@@ -230,7 +186,7 @@ def _keep_freed_memory() -> None:
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Collect SIGTERM and SIGINT instead of dying, so that the step in hand is finished and kept."""
+    """Collect SIGTERM and SIGINT, so that the step in hand is finished and kept."""
     caught: list[int] = []
     names = (signal.SIGTERM, signal.SIGINT)
     before = {name: signal.signal(name, lambda number, _: caught.append(number)) for name in names}

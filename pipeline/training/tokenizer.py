@@ -10,16 +10,20 @@ from transformers import PreTrainedTokenizerFast
 END_OF_TEXT = "<|endoftext|>"
 
 
-def train_tokenizer(documents: Iterable[str], vocab_size: int, context: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(
+    documents: Iterable[str], vocab_size: int, context: int
+) -> PreTrainedTokenizerFast:
     """Learn merges from text.
 
     Args:
         documents: the training split.
-        vocab_size: entries, the 256 bytes and the end-of-text token included; fewer come out of too little text.
+        vocab_size: entries, the 256 bytes and the end-of-text token included; fewer come out of too
+            little text.
         context: told to the tokenizer as the model's maximal length in tokens.
 
     Returns:
-        A tokenizer that encodes every string without loss; `<|endoftext|>` starts, ends and pads, padding is on the left.
+        A tokenizer that encodes every string without loss; `<|endoftext|>` starts, ends and pads,
+        padding is on the left.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

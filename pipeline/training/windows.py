@@ -1,7 +1,8 @@
-"""Which tokens a training step reads: a pure function of (seed, phase, step), so that nothing has to be remembered.
+"""Which tokens a training step reads: a pure function of the seed and the step, with no state.
 
-Each pass over the text shifts the window grid by a random offset and visits the windows in a random order; the text of a
-window is contiguous, so that neighbouring documents of the same source stay in each other's context.
+Each pass over the text shifts the window grid by a random offset and visits the windows in a random
+order; the text of a window is contiguous, so that neighbouring documents of the same source stay in
+each other's context.
 """
 
 from __future__ import annotations
@@ -28,7 +29,15 @@ class Windows:
     def __init__(self, stream: Tensor, length: int, batch: int, seed: int) -> None:
         if len(stream) < 2 * length + 1:
             remedy = "Give more text or a shorter pretrain.phases length."
-            raise ValueError(explain("data", "training split", f"at least {2 * length + 1} tokens", len(stream), remedy))
+            raise ValueError(
+                explain(
+                    "data",
+                    "training split",
+                    f"at least {2 * length + 1} tokens",
+                    len(stream),
+                    remedy,
+                )
+            )
         self._stream, self._length, self._batch, self._seed = stream, length, batch, seed
         self._per_pass = (len(stream) - 1) // length - 1
         self._order: tuple[int, Tensor] = (-1, torch.empty(0, dtype=torch.int64))
@@ -60,7 +69,7 @@ class Windows:
 
 
 def mix(*parts: int) -> int:
-    """One 63-bit seed from several small numbers (an FNV-style fold), so that nearby seeds are unrelated."""
+    """One 63-bit seed from several numbers (an FNV-style fold): nearby seeds are unrelated."""
     value = 0xCBF29CE484222325
     for part in parts:
         value = ((value ^ (part & 0xFFFFFFFF)) * 0x100000001B3) & 0x7FFFFFFFFFFFFFFF
