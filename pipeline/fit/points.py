@@ -56,7 +56,7 @@ def weighted_points(
     Args:
         stats: of one layer.
         tensor: "k" or "v".
-        need: which statistics; see `statistics.layer.needs`.
+        need: which statistics; see `statistics.plan.needs`.
         fraction: share of outliers.
         sensitivity: see `histogram_for`.
 

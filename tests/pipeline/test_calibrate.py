@@ -27,12 +27,13 @@ from kvsmith.pipeline.calibration import (
 )
 from kvsmith.pipeline.codecs import codec_name, codec_names, load_codec
 from kvsmith.pipeline.config import load
-from kvsmith.pipeline.data import PydocsData
+from kvsmith.pipeline.data import PydocsData, TextfileData
 from kvsmith.pipeline.fit import fit_codec
 from kvsmith.pipeline.log import Run
 from kvsmith.pipeline.model import ModelConfig
 from kvsmith.pipeline.stage import Stop, read_safetensors
 from kvsmith.pipeline.taps import Taps, frozen
+from kvsmith.pipeline.training.tokenizer import train_tokenizer
 from kvsmith.spec import CacheSpec
 from tests.oracles import kvquant as oracle
 
@@ -322,6 +323,44 @@ def test_bad_settings_are_one_line_each(cfg: CalibrateConfig, model: Any, tmp_pa
         go(low, model, torch.zeros(SAMPLES, LENGTH, dtype=torch.int64))
     with pytest.raises(FileNotFoundError, match=r"calibration\.json: file must be present"):
         parameters_for(tmp_path, load_codec("kvquant_nuq3"))
+
+
+@pytest.fixture
+def words(tmp_path: Path, micro_llama: Callable[..., Any]) -> CalibrateConfig:
+    """A model folder with a tokenizer, and a file of text."""
+    text = [f"line {i} of {i * 7919 % 1000} words, {'and so on ' * (i % 5)}" for i in range(400)]
+    micro_llama(vocab=300).save_pretrained(tmp_path / "model")
+    train_tokenizer(text, 300, 512).save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("\n\n".join(text))
+    return CalibrateConfig(
+        model=ModelConfig(str(tmp_path / "model"), device="cpu"),
+        data=TextfileData(path=str(tmp_path / "text.txt"), piece_chars=60),
+        codecs=CODECS,
+        samples=3,
+        length=32,
+        folder=str(tmp_path / "out"),
+    )
+
+
+def test_run_goes_from_files_to_parameters(
+    words: CalibrateConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = run(words, tmp_path / "log")
+    assert folder.parent == tmp_path / "out" / "model"
+    record = read_record(folder)
+    assert (record.source.dataset, record.source.samples) == ("text.txt", 3)
+    assert record.source.base_model.id == "model" and record.loss > 0
+    first, before = capsys.readouterr().out, files(folder)
+    assert "kvquant_nuq3_o1 k" in first and "collected before" not in first
+    assert run(words, tmp_path / "log") == folder and files(folder) == before
+    assert "statistics of 96 tokens were collected before" in capsys.readouterr().out
+
+
+def test_too_little_text_says_how_much_there_is(words: CalibrateConfig, tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"at least 51200 tokens \(400 x 128\), got \d+ in the cal"
+    ):
+        run(replace(words, samples=400, length=128), tmp_path / "log")
 
 
 def test_smoke_is_small_and_stays_away_from_real_calibrations(tmp_path: Path) -> None:
