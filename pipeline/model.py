@@ -168,7 +168,7 @@ def _check_weights(folder: Path) -> None:
     if index.is_file():
         try:
             names = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 explain(str(index), "file", "an index of shards", _first(error))
             ) from error

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kvsmith.errors import explain
 from kvsmith.pipeline.config import DebugConfig, experiments, output_path
-from kvsmith.pipeline.data import DataConfig
+from kvsmith.pipeline.data import DataConfig, PydocsData
 from kvsmith.pipeline.log import LoggerConfig
 from kvsmith.pipeline.model import ModelConfig
 from kvsmith.pipeline.training.pretrain import Pretrain, pretrain
@@ -51,15 +51,11 @@ def run(cfg: TrainConfig, folder: Path) -> None:
     if cfg.pretrain is None:
         names = ", ".join(f"experiment={name}" for name in experiments("pretrain"))
         raise ValueError(explain("train", "experiment", f"chosen: {names}", "none"))
-    task = cfg.pretrain.smoke() if cfg.debug.smoke else cfg.pretrain
-    default = str(folder / "model") if cfg.debug.smoke else cfg.model.path
-    output, work = output_path(cfg.output or default), output_path(cfg.work)
-    pretrain(
-        task,
-        cfg.data,
-        cfg.model,
-        output,
-        folder if cfg.debug.smoke else work,
-        cfg.logger,
-        cfg.overwrite,
-    )
+    model, logger = cfg.model, cfg.logger
+    if cfg.debug.smoke:
+        data = replace(cfg.data, packages=()) if isinstance(cfg.data, PydocsData) else cfg.data
+        output = output_path(cfg.output) if cfg.output else folder / "model"
+        pretrain(cfg.pretrain.smoke(), data, model, output, folder, logger, cfg.overwrite)
+    else:
+        output, work = output_path(cfg.output or model.path), output_path(cfg.work)
+        pretrain(cfg.pretrain, cfg.data, model, output, work, logger, cfg.overwrite)

@@ -35,6 +35,8 @@ def load_documents(cfg: DataConfig, split: Split) -> Iterator[str]:
             explain("split", "value", f"one of {', '.join(get_args(Split))}", repr(split))
         )
     documents = (
-        pydocs_documents(split) if isinstance(cfg, PydocsData) else textfile_documents(cfg, split)
+        pydocs_documents(cfg, split)
+        if isinstance(cfg, PydocsData)
+        else textfile_documents(cfg, split)
     )
     yield from (text for text in documents if text.strip())

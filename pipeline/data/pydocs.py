@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import importlib.util
 import inspect
 import sys
 import sysconfig
@@ -20,6 +21,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
+from kvsmith.errors import explain
 from kvsmith.pipeline.data.split import Split, cut, split_of
 
 SKIPPED = frozenset(
@@ -41,33 +43,58 @@ DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 @dataclass(frozen=True)
 class PydocsData:
-    """The documentation texts of the running Python; no options."""
+    """The documentation texts of the running Python.
+
+    Args:
+        packages: installed packages whose docstrings and longer comments join the train split, and
+            no other: a model trained on more text is still measured on Python's own.
+    """
 
     kind: Literal["pydocs"] = "pydocs"
+    packages: tuple[str, ...] = ()
 
 
-def pydocs_documents(split: Split) -> Iterator[str]:
-    """Stream the pieces of one split, in the order of their sources, each text once."""
-    yield from (piece for piece in _pieces() if split_of(piece) == split)
+def pydocs_documents(cfg: PydocsData, split: Split) -> Iterator[str]:
+    """Stream the pieces of one split, in the order of their sources, each text once.
+
+    Raises:
+        ValueError: a package is not installed.
+    """
+    pieces = _pieces(cfg.packages if split == "train" else ())
+    yield from (piece for piece in pieces if split_of(piece) == split)
 
 
-@lru_cache(maxsize=1)
-def _pieces() -> tuple[str, ...]:
-    """All pieces; kept for the process, since parsing the standard library takes seconds."""
-    pieces = (piece for text in _texts() for piece in cut(text))
+@lru_cache(maxsize=2)
+def _pieces(packages: tuple[str, ...]) -> tuple[str, ...]:
+    """All pieces; kept for the process, since parsing the sources takes seconds."""
+    pieces = (piece for text in _texts(packages) for piece in cut(text))
     unique = {" ".join(piece.split()): piece for piece in pieces}
     return tuple(unique.values())
 
 
-def _texts() -> Iterator[str]:
+def _texts(packages: tuple[str, ...]) -> Iterator[str]:
     topics = importlib.import_module("pydoc_data.topics").topics
     yield from (topics[name] for name in sorted(topics))
-    library = Path(sysconfig.get_paths()["stdlib"])
-    for path in sorted(library.rglob("*.py"), key=lambda p: p.relative_to(library).as_posix()):
-        if SKIPPED.isdisjoint(path.relative_to(library).parts):
-            yield from _source_texts(path)
+    yield from _folder_texts(Path(sysconfig.get_paths()["stdlib"]))
     for name in sorted(sys.builtin_module_names):
         yield from _builtin_texts(name)
+    for name in packages:
+        yield from _folder_texts(_package_folder(name))
+
+
+def _package_folder(name: str) -> Path:
+    """Where an installed package lies; it is not imported."""
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(explain("data.packages", "value", "installed packages", repr(name)))
+    return Path(spec.submodule_search_locations[0])
+
+
+def _folder_texts(folder: Path) -> Iterator[str]:
+    """Texts of all source files below a folder, in the order of their paths."""
+    for path in sorted(folder.rglob("*.py"), key=lambda p: p.relative_to(folder).as_posix()):
+        if SKIPPED.isdisjoint(path.relative_to(folder).parts):
+            yield from _source_texts(path)
 
 
 def _source_texts(path: Path) -> Iterator[str]:
