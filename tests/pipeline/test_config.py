@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -132,14 +131,6 @@ def test_the_guard_makes_one_line(
     assert "Traceback" in capsys.readouterr().err
 
 
-@dataclass(frozen=True)
-class Echo:
-    """The smallest configuration."""
-
-    word: str
-    number: int = 1
-
-
 @pytest.fixture
 def script(tmp_path: Path) -> Path:
     """An entry point with a configuration folder of its own."""
@@ -149,11 +140,12 @@ def script(tmp_path: Path) -> Path:
     (tmp_path / "conf" / "echo.yaml").write_text(text)
     path = tmp_path / "echo.py"
     path.write_text(
-        "import sys\nfrom pathlib import Path\n"
+        "import sys\nfrom dataclasses import dataclass\nfrom pathlib import Path\n"
         f"sys.path.insert(0, {str(repository_root())!r})\n"
-        "from tests.pipeline.test_config import Echo\n"
         "from kvsmith.pipeline import config\n"
         "config.conf_folder = lambda: Path(__file__).parent / 'conf'\n"
+        "@dataclass(frozen=True)\n"
+        "class Echo:\n    word: str\n    number: int = 1\n"
         "def run(cfg, folder):\n"
         "    if cfg.number == 0: raise ValueError('number: zero')\n"
         "    sys.stdout.write(f'{cfg.word} {cfg.number} {(folder / \".hydra\").is_dir()}\\n')\n"
