@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-OutlierRule = Literal["none", "threshold", "extremes"]
+OutlierRule = Literal["none", "threshold", "error", "extremes"]
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,8 @@ class Format:
         group: axis "token": channels per range, 0 for the whole token; axis "channel": tokens per
             range, 0 for calibrated ranges.
         slots: outliers stored a token, N.
-        outliers: "threshold" corrects elements beyond the calibrated range, "extremes" the token's
-            largest and smallest elements, "none" nothing.
+        outliers: "threshold" corrects elements beyond the calibrated range, "error" those coded
+            worst, "extremes" the token's largest and smallest elements, "none" nothing.
         store: dtype of online ranges and corrections.
     """
 

@@ -67,11 +67,8 @@ class Codec:
         q = spec.quantizer
         if isinstance(q, Identity):
             return
-        outliers: OutlierRule = "none"
         slots = outlier_slots(spec, heads, dim)
-        if slots:
-            outliers = "threshold" if isinstance(spec.outliers, StaticThreshold) else "extremes"
-
+        outliers = _outlier_rule(spec) if slots else "none"
         self.format = Format(q.bits, q.axis, q.group_size or 0, slots, outliers, store)
         lut = parameters.get("lut")
         if lut is None:
@@ -104,6 +101,12 @@ class Codec:
             if self.is_identity
             else decode(tensors, self.format, self.tables, self.dim)
         )
+
+
+def _outlier_rule(spec: TensorCodec) -> OutlierRule:
+    if not isinstance(spec.outliers, StaticThreshold):
+        return "extremes"
+    return "threshold" if spec.outliers.select == "beyond_range" else "error"
 
 
 def _check_parameters(

@@ -82,19 +82,27 @@ class NUQ:
 
 @dataclass(frozen=True)
 class StaticThreshold:
-    """Outliers of a calibrated channel range: elements outside it, at most N a token, the farthest
-    first.
+    """Outliers under calibrated channel ranges: N = round(fraction * KV width) corrections a token.
 
     Attributes:
-        fraction: share of elements in [0, 0.5); the calibrated range leaves it out, half at either
-            end, and N = round(fraction * KV width) slots are stored a token.
+        fraction: share of elements that have a slot, in [0, 0.5).
+        range_fraction: share of elements that the calibrated range leaves out, half at either end;
+            None is `fraction`, as published. A smaller share keeps tokens with more outliers than
+            slots from being clipped.
+        select: "beyond_range" corrects elements outside the range, the farthest first, and leaves
+            unused slots empty, as published; "largest_error" corrects the N elements of the token
+            that are coded worst.
     """
 
     kind: Literal["static_threshold"] = field(default="static_threshold", kw_only=True)
     fraction: float = 0.01
+    range_fraction: float | None = None
+    select: Literal["beyond_range", "largest_error"] = "beyond_range"
 
     def __post_init__(self) -> None:
         _check_fraction(self.fraction)
+        if self.range_fraction is not None:
+            _check_fraction(self.range_fraction, "range_fraction")
 
 
 @dataclass(frozen=True)
@@ -157,6 +165,13 @@ class TensorCodec:
     def fraction(self) -> float:
         """Share of elements that are outliers, 0 without an outlier part."""
         return self.outliers.fraction if self.outliers else 0.0
+
+    @property
+    def range_fraction(self) -> float:
+        """Share of elements that the ranges leave out, 0 without an outlier part."""
+        if isinstance(self.outliers, StaticThreshold) and self.outliers.range_fraction is not None:
+            return self.outliers.range_fraction
+        return self.fraction
 
 
 @dataclass(frozen=True)
@@ -270,6 +285,6 @@ def _check_quantizer(q: Uniform | NUQ) -> None:
         )
 
 
-def _check_fraction(fraction: float) -> None:
+def _check_fraction(fraction: float, name: str = "fraction") -> None:
     if not 0.0 <= fraction < 0.5:
-        raise ValueError(explain("outliers.fraction", "share of elements", "in [0, 0.5)", fraction))
+        raise ValueError(explain(f"outliers.{name}", "share of elements", "in [0, 0.5)", fraction))

@@ -75,11 +75,16 @@ def stored(x: Array, codec: Mapping[str, Any], own: Mapping[str, Array]) -> Arra
     result = lut[codes] * scale + zero
     for t in range(T if slots else 0):
         token = np.abs(normal[:, t]).reshape(-1)
-        calibrated = q["range"] == "calibrated"
-        chosen = np.argsort(-token)[:slots] if calibrated else top_k(x[:, t].reshape(-1), slots)
+        beyond = codec["outliers"].get("select", "beyond_range") == "beyond_range"
+        if q["range"] != "calibrated":
+            chosen, beyond = top_k(x[:, t].reshape(-1), slots), False
+        elif beyond:
+            chosen = np.argsort(-token)[:slots]
+        else:
+            chosen = np.argsort(-np.abs(x[:, t] - result[:, t]).reshape(-1))[:slots]
         for i in chosen:
             h, d = divmod(int(i), D)
-            if not calibrated or token[i] > 1:
+            if not beyond or token[i] > 1:
                 result[h, t, d] += np.float32(np.float16(x[h, t, d] - result[h, t, d]))
     return result
 
@@ -88,6 +93,15 @@ CODECS: dict[str, dict[str, Any]] = {
     "nuq, thresholds": {
         "quantizer": {"kind": "nuq", "bits": 3, "axis": "channel", "range": "calibrated"},
         "outliers": {"kind": "static_threshold", "fraction": 0.2},
+    },
+    "nuq, largest errors": {
+        "quantizer": {"kind": "nuq", "bits": 3, "axis": "channel", "range": "calibrated"},
+        "outliers": {
+            "kind": "static_threshold",
+            "fraction": 0.2,
+            "range_fraction": 0.01,
+            "select": "largest_error",
+        },
     },
     "nuq with Q-Norm, an odd number of extremes": {
         "quantizer": {"kind": "nuq", "bits": 2, "q_norm": True},

@@ -35,6 +35,8 @@ def encode_pack(x: torch.Tensor, fmt: Format, tables: Tables) -> dict[str, torch
             top = excess.topk(fmt.slots, dim=-1)
             index, value = top.indices, error.gather(-1, top.indices) * (top.values > 1)
         else:
+            if fmt.outliers == "error":
+                index = error.abs().topk(fmt.slots, dim=-1).indices
             assert index is not None
             value = error.gather(-1, index)
         index, order = index.sort(dim=-1)

@@ -65,7 +65,7 @@ def normalised_rmse(
         key.removeprefix(f"{name}."): t for key, t in fitted.items() if key.startswith(f"{name}.")
     }
     tables = Codec(codec, stats.layer.kv_heads, dim, torch.float32, own, name).tables
-    points, counts = weighted_points(stats, name, need, codec.fraction, "none")
+    points, counts = weighted_points(stats, name, need, codec.range_fraction, "none")
     decoded = tables.lut.double()[torch.bucketize(points, tables.edges.double())]
     return float(((points - decoded) ** 2 * counts).sum().div(counts.sum()).sqrt())
 
@@ -94,8 +94,8 @@ def _fit_tensor(
     info = parameter_tensors(codec, stats.layer.kv_heads, dim)
     fitted: dict[str, Tensor] = {}
     if need == "channels":
-        check_fraction(codec.fraction, stats.plan.max_fraction)
-        scale, zero = affine(*channel_range(stats.channels(name)[0], codec.fraction))
+        check_fraction(codec.range_fraction, stats.plan.max_fraction)
+        scale, zero = affine(*channel_range(stats.channels(name)[0], codec.range_fraction))
         fitted |= {"scale": scale.view(info["scale"].shape), "zero": zero.view(info["zero"].shape)}
     if "lut" in info:
         fitted |= _fit_codebook(stats, name, codec, need, sensitivity)
@@ -110,9 +110,9 @@ def _fit_codebook(
     sensitivity: Sensitivity,
 ) -> dict[str, Tensor]:
     assert isinstance(codec.quantizer, NUQ)
-    points, weights = weighted_points(stats, name, need, codec.fraction, sensitivity)
+    points, weights = weighted_points(stats, name, need, codec.range_fraction, sensitivity)
     lut = fit_codebook(points, weights, 2**codec.quantizer.bits)
     edges = midpoints(lut)
     if codec.quantizer.q_norm:
-        lut = q_norm(*weighted_points(stats, name, need, codec.fraction, "none"), lut, edges)
+        lut = q_norm(*weighted_points(stats, name, need, codec.range_fraction, "none"), lut, edges)
     return {"lut": lut, "edges": edges}

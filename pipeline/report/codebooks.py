@@ -78,7 +78,10 @@ def read_codebooks(candidate: Candidate, folder: Path) -> list[Codebook]:
             lut = candidate.parameters.get(f"layers.{layer}.{name}.lut")
             if lut is None:
                 continue
-            sums = [histogram_for(stats, name, codec.fraction, s)[1] for s in ("none", sensitivity)]
+            sums = [
+                histogram_for(stats, name, codec.range_fraction, s)[1]
+                for s in ("none", sensitivity)
+            ]
             count, weight = (x.view(BINS, -1).sum(1) for x in sums)
             title = f"layer {layer}, {'keys' if name == 'k' else 'values'}"
             books.append(Codebook(title, count, weight, lut))

@@ -121,7 +121,7 @@ def plan_for(
             if isinstance(need, TokenView):
                 tokens[name].add(need)
             elif need == "channels":
-                check_fraction(part.fraction, max_fraction)
+                check_fraction(part.range_fraction, max_fraction)
                 channels[name] = True
     k, v = (
         TensorPlan(channels[n], tuple(sorted(tokens[n], key=lambda view: view.name)))

@@ -181,3 +181,28 @@ def test_missing_and_misshapen_parameters_are_named():
     with pytest.raises(ValueError, match=r"layers\.3\.v\.lut: shape must be \(4,\), got \(3,\)"):
         Codec(spec, HEADS, DIM, torch.float16, bad, "layers.3.v")
     assert Codec(TensorCodec(Identity()), HEADS, DIM, torch.float16, {}, "k").is_identity
+
+
+def test_slots_for_the_largest_errors_beat_slots_beyond_the_range():
+    """Every slot is in use, on the elements of each token that are coded worst."""
+    x, errors = _sample(), {}
+    lower, upper = oracle.channel_range(_rows(x), 0.01)
+    scale, zero = (torch.tensor(t).float().view(HEADS, DIM) for t in oracle.affine(lower, upper))
+    for select in ("beyond_range", "largest_error"):
+        spec = TensorCodec(
+            Uniform(bits=3, axis="channel", range="calibrated"),
+            StaticThreshold(0.03, select=select),
+        )
+        codec = Codec(spec, HEADS, DIM, torch.float32, {"scale": scale, "zero": zero}, "k")
+        tensors = codec.encode(x)
+        errors[select] = _rows(codec.decode(tensors)) - _rows(x)
+        used = (tensors["value"] != 0).float().mean()
+        assert used == 1 if select == "largest_error" else used < 0.9
+    assert (errors["largest_error"] ** 2).mean() < (errors["beyond_range"] ** 2).mean()
+    # What is left is below what was corrected.
+    spec = TensorCodec(Uniform(bits=3, axis="channel", range="calibrated"))
+    codec = Codec(spec, HEADS, DIM, torch.float32, {"scale": scale, "zero": zero}, "k")
+    plain = np.abs(_rows(codec.decode(codec.encode(x))) - _rows(x))
+    slots = round(0.03 * HEADS * DIM)
+    next_worst = np.sort(plain, axis=1)[:, -slots - 1]
+    assert (np.abs(errors["largest_error"]).max(1) <= next_worst + 1e-5).all()
