@@ -41,4 +41,6 @@ models: setup
 	OMP_NUM_THREADS=1 $(PY) -m pytest tests/runtime/test_architectures.py --models-page -q
 
 bench: setup
+	$(PY) -m kvsmith.pipeline.fit.bench
+	$(PY) -W ignore -m kvsmith.pipeline.bench_decode
 	$(PY) -m kvsmith.kernels.bench

@@ -17,6 +17,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import LlamaConfig
 from transformers.cache_utils import DynamicLayer, QuantoQuantizedLayer
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
+from transformers.utils import is_optimum_quanto_available
 
 from kvsmith.attention import Scores, attend_store
 from kvsmith.codec import Codec, midpoints, normal_levels
@@ -115,16 +117,14 @@ def candidates(k: torch.Tensor, v: torch.Tensor, q: torch.Tensor) -> dict[str, C
     makers: dict[str, Callable[[], Step]] = {
         "DynamicCache": lambda: theirs(DynamicLayer(), k, v, q),
     }
-    try:
-        import optimum.quanto  # noqa: F401
-    except ImportError:
+    if not is_optimum_quanto_available():
         sys.stderr.write("optimum-quanto is not installed: no QuantizedCache in the table\n")
     else:
         makers["QuantizedCache 4"] = lambda: theirs(QuantoQuantizedLayer(nbits=4), k, v, q)
     for bits in (4, 3, 2):
         for fraction in (0.01, 0.0):
             name = f"kvsmith nuq{bits}" + ("-1%" if fraction else "")
-            makers[name] = lambda b=bits, f=fraction: ours(b, f, k, v, q)
+            makers[name] = partial(ours, bits, fraction, k, v, q)
     return makers
 
 
@@ -180,7 +180,7 @@ def run(tokens: list[int], repeats: int) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Command line."""
-    # type: ignore[union-attr]
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192, 32768])
     parser.add_argument("--repeats", type=int, default=5)
