@@ -20,9 +20,8 @@ import torch
 from kvsmith.codec import Codec
 from kvsmith.errors import explain
 from kvsmith.geometry import LayerGeometry
+from kvsmith.pages import Page, new_page, read, write
 from kvsmith.spec import CodecSpec
-
-Page = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -164,22 +163,14 @@ class LayerStore:
                 buffer[:, :, held:total] = x
 
     def _encode(self, k: torch.Tensor, v: torch.Tensor) -> None:
-        offset, tokens = self.encoded % self.page_size, k.shape[2]
+        offset = self.encoded % self.page_size
         if offset == 0:
-            self.pages.append(
-                (self._new_page(self.codecs[0], k), self._new_page(self.codecs[1], v))
-            )
-        for codec, tensors, x in zip(self.codecs, self.pages[-1], (k, v), strict=True):
-            for name, part in codec.encode(x).items():
-                _tokens(tensors[name], name, codec, offset, offset + tokens).copy_(part)
-        self.encoded += tokens
-
-    def _new_page(self, codec: Codec, x: torch.Tensor) -> Page:
-        infos = codec.page(self.page_size, x.dtype)
-        return {
-            n: torch.zeros((x.shape[0], *i.shape), dtype=i.dtype, device=x.device)
-            for n, i in infos.items()
-        }
+            sides = zip(self.codecs, (k, v), strict=True)
+            new_k, new_v = (new_page(codec, self.page_size, x) for codec, x in sides)
+            self.pages.append((new_k, new_v))
+        for codec, page, x in zip(self.codecs, self.pages[-1], (k, v), strict=True):
+            write(page, codec, offset, x)
+        self.encoded += k.shape[2]
 
     def _free_passed(self, query: int) -> None:
         """Free pages that a query at column `query` cannot see; a page of slack lets a few tokens
@@ -224,12 +215,10 @@ class LayerStore:
         tokens = stop - first * self.page_size
         blocks = -(-tokens // self.spec.block_size) * self.spec.block_size
         pages = self.pages[first - self.freed : -(-stop // self.page_size) - self.freed]
-        dense = []
-        for side, codec in enumerate(self.codecs):
-            parts = [p[side] for p in pages]
-            whole = parts[0] if len(parts) == 1 else {n: _join(n, codec, parts) for n in parts[0]}
-            used = {n: _tokens(t, n, codec, 0, blocks) for n, t in whole.items()}
-            dense.append(codec.decode(used)[:, :, :tokens])
+        dense = [
+            read([p[side] for p in pages], codec, 0, blocks)[:, :, :tokens]
+            for side, codec in enumerate(self.codecs)
+        ]
         return Segment(dense[0], dense[1], self.spec.sinks + first * self.page_size)
 
     # -- rearranging ------------------------------------------------------------------------------
@@ -277,11 +266,8 @@ class LayerStore:
         if cut > whole:
             for side, codec in enumerate(self.codecs):
                 page = self.pages[index - self.freed][side]
-                used = {
-                    n: _tokens(t, n, codec, offset, offset + self.spec.block_size)
-                    for n, t in page.items()
-                }
-                self.recent[side][:, :, : cut - whole] = codec.decode(used)[:, :, : cut - whole]
+                block = read([page], codec, offset, offset + self.spec.block_size)
+                self.recent[side][:, :, : cut - whole] = block[:, :, : cut - whole]
         self.encoded = whole
         del self.pages[-(-whole // self.page_size) - self.freed :]
 
@@ -319,21 +305,3 @@ def _window(
     if stop <= count:
         return held[:, :, start:stop].clone()
     return torch.cat([held[:, :, start:count], new[:, :, : stop - count]], dim=2)
-
-
-def _token_dim(name: str, codec: Codec) -> int:
-    """Dimension of a page tensor that counts tokens (or groups of them)."""
-    if name in ("scale", "zero"):
-        return 1 if codec.format.axis == "token" and not codec.format.group else 2
-    return 1 if name in ("index", "value") else 2
-
-
-def _tokens(tensor: torch.Tensor, name: str, codec: Codec, start: int, stop: int) -> torch.Tensor:
-    """View of the tokens [start, stop) of a page tensor."""
-    if name in ("scale", "zero") and codec.format.axis == "channel":
-        start, stop = start // codec.format.group, -(-stop // codec.format.group)
-    return tensor.narrow(_token_dim(name, codec), start, stop - start)
-
-
-def _join(name: str, codec: Codec, parts: list[Page]) -> torch.Tensor:
-    return torch.cat([p[name] for p in parts], dim=_token_dim(name, codec))
