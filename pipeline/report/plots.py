@@ -93,10 +93,10 @@ def _curve(ax: Any, members: Sequence[Point], floor: float, colour: str, marker:
     bits = [p.bits for p in members]
     heights = [max(p.value, floor) for p in members]
     # A bar that would reach zero stops a little above it, since the axis is logarithmic.
-    below = [min(p.spread, 0.9 * y) for p, y in zip(members, heights, strict=True)]
-    above = [p.spread for p in members]
+    spread = [p.spread if p.value > 0 else 0.0 for p in members]
+    below = [min(s, 0.9 * y) for s, y in zip(spread, heights, strict=True)]
     line = "-" if members[0].ours else "--"
-    ax.errorbar(bits, heights, yerr=[below, above], color=colour, linestyle=line, capsize=2)
+    ax.errorbar(bits, heights, yerr=[below, spread], color=colour, linestyle=line, capsize=2)
     for x, y, p in zip(bits, heights, members, strict=True):
         fill = colour if p.value > 0 else "white"
         size = 8 if p.ours else 6.5
@@ -113,6 +113,9 @@ def _label(ax: Any, points: Sequence[Point], floor: float) -> None:
         ends = [ax.transData.transform((p.bits, max(p.value, floor))) for p in members]
         for a, b in pairwise(ends):
             pixels += [a + (b - a) * i / 20 for i in range(1, 20)]
+    for p in points:
+        bar = [p.value - p.spread, p.value - p.spread / 2, p.value + p.spread]
+        pixels += [ax.transData.transform((p.bits, y)) for y in bar if 0 < y != p.value > 0]
     taken: list[Any] = []
     for point, spot in zip(points, spots, strict=True):
         name = point.name if point.value > 0 else f"{point.name} (not above 0)"

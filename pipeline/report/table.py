@@ -122,8 +122,11 @@ def _gap(first: Row, second: Row) -> tuple[float, float | None]:
 
 
 def _doubt(bundle: Row, other: Row) -> str:
+    """What speaks against a comparison: noise, or a divergence that ranks the two otherwise."""
     mean, se = _gap(bundle, other)
-    return " [within 2 se]" if se is None or abs(mean) < 2 * se else ""
+    closer = bundle.found.fidelity.kld < other.found.fidelity.kld
+    noise = " [within 2 se]" if se is None or abs(mean) < 2 * se else ""
+    return noise + (" [KLD the other way]" if closer != (mean < 0) else "")
 
 
 def markdown(title: str, protocol: Sequence[str], rows: Sequence[Row]) -> str:

@@ -92,6 +92,15 @@ def test_comparison_names_every_relation(rows: list[Row]) -> None:
     assert line.endswith(": no baselines.")
 
 
+def test_comparison_says_where_divergence_disagrees(rows: list[Row]) -> None:
+    int3 = next(r for r in rows if r.name == "int3")
+    closer = replace(int3.found.fidelity, kld=0.001)
+    rows[rows.index(int3)] = replace(int3, found=replace(int3.found, fidelity=closer))
+    (line,) = table.comparisons(rows)
+    assert "(int3 4.00b +3.00 % [KLD the other way])" in line
+    assert "int4 5.00b +0.40 %; better" in line
+
+
 def test_markdown_and_json_hold_every_row(rows: list[Row]) -> None:
     page = table.markdown("tiny", ["16 windows"], rows)
     lines = page.splitlines()
