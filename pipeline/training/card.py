@@ -37,7 +37,8 @@ Greedy continuation of "{prompt}":
 ```
 
 The whole configuration and the hash of the training tokens are in `training.json`, the course of
-training in `training_log.jsonl`.
+training in `training_log.jsonl`. There `heldout_loss` is of {eval_windows} windows of the whole
+context, so it drops when the training sequences reach that length.
 
 {licence}
 """
@@ -64,6 +65,7 @@ def model_card(name: str, record: dict[str, Any]) -> str:
         windows=record["heldout"]["windows"],
         length=record["heldout"]["length"],
         kind=kind,
+        eval_windows=record["pretrain"]["optim"]["eval_windows"],
         prompt=record["sample"]["prompt"],
         continuation=record["sample"]["continuation"].strip(),
         licence=LICENCES[kind].format(packages=more if packages else ""),

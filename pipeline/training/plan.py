@@ -39,7 +39,8 @@ class Optim:
         precision: autocast; master weights are float32 either way.
         compile: torch.compile; needs a C++ compiler on a CPU.
         checkpoint_steps, eval_steps: how often; both also at the end.
-        eval_windows: held-out windows of the context's length for the running measure.
+        eval_windows: held-out windows for the running measure. They have the context's length: as
+            long as training sequences are shorter, it shows what lies beyond them as well.
     """
 
     tokens: int
