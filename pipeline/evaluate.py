@@ -48,7 +48,7 @@ from kvsmith.strict import to_dict
 SMOKE = Options(
     WindowOptions(count=2, length=128, batch=2),
     GreedyOptions(prompts=1, prompt_tokens=32, new_tokens=16),
-    RecallOptions(texts=1, depths=(0.5,), key_tokens=16, cue_tokens=6),
+    RecallOptions(texts=1, depths=(0.2, 0.7), key_tokens=16, cue_tokens=6),
     SpeedOptions(repeats=2, tokens=4),
 )
 
@@ -154,7 +154,7 @@ def read_material(
                 explain(f"measure.{name}", "value", f"at most the {len(windows)} windows", value)
             )
     words = words_of(tokenizer.decode(windows.flatten().tolist()))
-    texts = windows[: o.recall.texts, : size.length - o.recall.key_tokens]
+    texts = windows[: o.recall.texts, : size.text]
     planted = plant(
         texts, o.recall.depths, words, tokenizer, o.recall.key_tokens, o.recall.cue_tokens, o.seed
     )
@@ -199,14 +199,13 @@ def protocol(
     f, a, r, s = found.fidelity, found.agreement, found.recall, found.footprint
     o = cfg.measure
     dtype = str(model.dtype).removeprefix("torch.")
-    text = size.length - o.recall.key_tokens
     return [
         f"Perplexity and KLD: {f.windows} windows of {size.length} tokens without overlap (seed "
         f"{o.seed}); {size.prefill} tokens read in one pass, then chunks of {o.windows.chunk} "
         f"through the cache; {f.tokens:,} tokens scored, all after the prefill. "
         f"{dtype} on {model.device.type}.",
         f"Greedy: {a.prompts} prompts of {o.greedy.prompt_tokens} tokens, {a.new_tokens} new ones. "
-        f"Recall: {r.keys} random strings ({o.recall.texts} texts of {text} tokens x "
+        f"Recall: {r.keys} random strings ({o.recall.texts} texts of {size.text} tokens x "
         f"{len(o.recall.depths)} depths), {o.recall.cue_tokens} tokens given, {r.tokens} to copy.",
         f"Bytes and speed: one row of {s.length} tokens; median of {s.repeats} x {s.timed_tokens} "
         f"tokens, one at a time, {torch.get_num_threads()} threads.",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -38,6 +38,7 @@ from kvsmith.strict import from_dict, to_dict
 # Predictions of full precision are kept up to this size, and computed for each candidate beyond.
 KEEP_BYTES = 2**30
 LONG = 32 * 1024
+VERSION = 1  # raised when the same candidate gives other figures
 
 
 @dataclass(frozen=True)
@@ -71,9 +72,8 @@ class Material:
     def to(self, device: torch.device) -> Material:
         """The same tokens on `device`."""
         p = self.planted
-        return Material(
-            self.windows.to(device), Planted(p.context.to(device), p.key.to(device), p.cue)
-        )
+        planted = replace(p, context=p.context.to(device), key=p.key.to(device))
+        return Material(self.windows.to(device), planted)
 
     def identity(self) -> list[str]:
         """Hashes of the tokens."""
@@ -149,6 +149,7 @@ class Measuring:
         self._control = Control(model, material, options, sizes)
         self._common = digest(
             {
+                "version": VERSION,
                 "model": model_identity(model),
                 "device": str(model.device),
                 "material": material.identity(),

@@ -64,12 +64,14 @@ class RecallOptions:
     Args:
         texts: held-out texts, at most the number of windows.
         depths: where the string stands, as shares of the text.
+        text_tokens: length of a text with the string in it; None is half the window.
         key_tokens: length of the string.
         cue_tokens: tokens of it that are given again.
     """
 
-    texts: int = 4
+    texts: int = 8
     depths: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
+    text_tokens: int | None = None
     key_tokens: int = 24
     cue_tokens: int = 8
 
@@ -81,6 +83,8 @@ class RecallOptions:
             raise ValueError(
                 explain("recall.depths", "value", "shares in [0, 1]", list(self.depths))
             )
+        if self.texts * len(self.depths) < 2:
+            raise ValueError(explain("recall", "texts times depths", "at least 2", 1))
         if self.cue_tokens >= self.key_tokens:
             expected = f"fewer than key_tokens = {self.key_tokens}"
             raise ValueError(explain("recall.cue_tokens", "tokens", expected, self.cue_tokens))
@@ -125,10 +129,12 @@ class Sizes:
     Attributes:
         length: tokens of a window.
         prefill: tokens of the first forward pass.
+        text: tokens of a text with a planted string.
     """
 
     length: int
     prefill: int
+    text: int
 
 
 def sizes(options: Options, context: int) -> Sizes:
@@ -144,6 +150,7 @@ def sizes(options: Options, context: int) -> Sizes:
     w, g, r, s = options.windows, options.greedy, options.recall, options.speed
     length = w.length if w.length is not None else min(context, 4096)
     prefill = w.prefill if w.prefill is not None else length // 8
+    text = r.text_tokens if r.text_tokens is not None else length // 2
     _at_most("windows.length", length, context, "the model's context")
     _at_most(
         "greedy.prompt_tokens + greedy.new_tokens",
@@ -152,13 +159,14 @@ def sizes(options: Options, context: int) -> Sizes:
         "the model's context",
     )
     _at_most("greedy.prompt_tokens", g.prompt_tokens, length, "the window")
-    _at_most("recall.key_tokens", 2 * r.key_tokens, length // 2, "a quarter of the window")
+    _at_most("recall.text_tokens + recall.key_tokens", text + r.key_tokens, length, "the window")
+    _at_most("recall.key_tokens", r.key_tokens, text // 2, "half the text")
     _at_most("speed.repeats * speed.tokens", s.repeats * s.tokens + 2, length, "the window")
     if not 1 <= prefill <= length - 2:
         raise ValueError(
             explain("windows.prefill", "tokens", f"between 1 and {length - 2}", prefill)
         )
-    return Sizes(length, prefill)
+    return Sizes(length, prefill, text)
 
 
 def _positive(where: str, **values: int) -> None:

@@ -7,6 +7,9 @@ rest follow in a second one, which sees the planted key only through the cache. 
 tokens of the rest: their negative log-likelihood, and whether the most likely token is the right
 one. A row is exact if all of them are, which is when free-running greedy generation would copy the
 whole rest.
+
+Small models copy only in part. So every key is also scored in a text where another key stands; the
+nats a token that planting the right one saves, the gain, are what the cache kept of it.
 """
 
 from __future__ import annotations
@@ -28,11 +31,13 @@ class Planted:
         context: [B, T] int64, text with the key planted in it.
         key: [B, K] int64, the key.
         cue: tokens of the key that are given.
+        depths: number of depths; rows of a text follow each other, one a depth.
     """
 
     context: Tensor
     key: Tensor
     cue: int
+    depths: int
 
 
 @dataclass(frozen=True)
@@ -43,13 +48,17 @@ class Recall:
         keys: planted strings.
         tokens: tokens to be copied of each.
         nll: mean negative log-likelihood of those tokens, nats.
-        correct: share of them that are the most likely token.
+        gain: by how much it is lower than where another key is planted, nats a token.
+        gain_by_depth: the same, one number a depth.
+        correct: share of tokens that are the most likely one.
         exact: share of keys with every token correct.
     """
 
     keys: int
     tokens: int
     nll: float
+    gain: float
+    gain_by_depth: tuple[float, ...]
     correct: float
     exact: float
 
@@ -85,25 +94,39 @@ def plant(
             at = round(depth * (text.shape[0] - size))
             contexts.append(torch.cat([text[:at], key, text[at : text.shape[0] - size]]))
             keys.append(key)
-    return Planted(torch.stack(contexts), torch.stack(keys), cue)
+    return Planted(torch.stack(contexts), torch.stack(keys), cue, len(depths))
 
 
 def recall(
     model: PreTrainedModel, new_cache: Callable[[], Cache], rows: Planted, batch: int
 ) -> Recall:
     """Recall the keys of `rows` through empty caches, `batch` rows at a time."""
-    parts = [
-        _score(model, new_cache(), context, key, rows.cue)
-        for context, key in zip(rows.context.split(batch), rows.key.split(batch), strict=True)
-    ]
-    nll, right = (torch.cat(p) for p in zip(*parts, strict=True))  # [B, K - cue]
+    nll, right = _score_all(model, new_cache, rows.context, rows, batch)
+    blank, _ = _score_all(model, new_cache, rows.context.roll(1, 0), rows, batch)
+    gain = blank - nll
     return Recall(
         keys=right.shape[0],
         tokens=right.shape[1],
-        nll=float(nll.double().mean()),
+        nll=float(nll.mean()),
+        gain=float(gain.mean()),
+        gain_by_depth=tuple(gain.view(-1, rows.depths, gain.shape[1]).mean((0, 2)).tolist()),
         correct=float(right.double().mean()),
         exact=float(right.all(1).double().mean()),
     )
+
+
+def _score_all(
+    model: PreTrainedModel,
+    new_cache: Callable[[], Cache],
+    context: Tensor,
+    rows: Planted,
+    batch: int,
+) -> tuple[Tensor, Tensor]:
+    """`_score` of every key of `rows` after the texts `context`, on the CPU."""
+    pairs = zip(context.split(batch), rows.key.split(batch), strict=True)
+    parts = [_score(model, new_cache(), text, key, rows.cue) for text, key in pairs]
+    nll, right = (torch.cat(p).cpu() for p in zip(*parts, strict=True))
+    return nll.double(), right
 
 
 @torch.inference_mode()

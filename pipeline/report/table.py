@@ -23,7 +23,8 @@ COLUMNS = (
     "top-1 %",
     "greedy %",
     "greedy len",
-    "recall %",
+    "recall",
+    "exact %",
     "tok/s",
 )
 
@@ -32,7 +33,8 @@ LEGEND = (
     "same computed for 32,768 tokens with dense tokens in bfloat16; ppl %: change of perplexity "
     "against full precision, +- its standard error paired by window; KLD: nats a token, mean and "
     "99.9 percentile; top-1: most likely token as in full precision; greedy: equal tokens and mean "
-    "length to the first difference; recall: planted strings copied without error."
+    "length to the first difference; recall: nats a token that planting a string saves when it is "
+    "to be copied; exact: strings copied without error."
 )
 
 
@@ -77,6 +79,7 @@ def cells(row: Row) -> list[str]:
         "" if full else f"{100 * fidelity.top1:.2f}",
         "" if full else f"{100 * row.found.agreement.match:.0f}",
         f"{row.found.agreement.length:.0f}",
+        f"{row.found.recall.gain:.2f}",
         f"{100 * row.found.recall.exact:.0f}",
         f"{size.tokens_per_second:.0f}",
     ]

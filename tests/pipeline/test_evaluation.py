@@ -204,9 +204,12 @@ def test_recall_of_a_perfect_copier_and_of_noise(model: Any, ids: Tensor) -> Non
     rows = planted(ids)
     perfect = recall(Copier(), list, rows, batch=4)
     assert (perfect.keys, perfect.tokens, perfect.correct, perfect.exact) == (9, 8, 1, 1)
-    assert perfect.nll < 1e-5
+    assert perfect.nll < 1e-5 and len(perfect.gain_by_depth) == 3
+    # Where another key is planted the copier knows nothing: log 97 nats a token.
+    assert perfect.gain == pytest.approx(math.log(97), abs=0.2)
+    assert sum(perfect.gain_by_depth) / 3 == pytest.approx(perfect.gain)
     noise = recall(model, lambda: FULL.cache(model), rows, batch=4)
-    assert noise.exact == 0 and noise.nll > 1
+    assert noise.exact == 0 and noise.nll > 1 and abs(noise.gain) < perfect.gain / 4
 
 
 def test_recall_reads_the_key_through_the_cache(ids: Tensor) -> None:
@@ -261,6 +264,7 @@ def test_options_that_do_not_fit_are_refused() -> None:
         (replace(fits, windows=WindowOptions(length=256, prefill=255)), "windows.prefill"),
         (replace(fits, greedy=GreedyOptions(2, 300, 300)), "greedy.*at most 512"),
         (replace(fits, recall=RecallOptions(key_tokens=80)), "recall.key_tokens"),
+        (replace(fits, recall=RecallOptions(text_tokens=250)), "recall.text_tokens"),
         (replace(fits, speed=SpeedOptions(20, 20)), "speed"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -269,6 +273,7 @@ def test_options_that_do_not_fit_are_refused() -> None:
         lambda: WindowOptions(count="some"),
         lambda: WindowOptions(chunk=0),
         lambda: RecallOptions(depths=(1.5,)),
+        lambda: RecallOptions(texts=1, depths=(0.5,)),
         lambda: RecallOptions(key_tokens=8, cue_tokens=8),
     ):
         with pytest.raises(ValueError):
@@ -345,7 +350,7 @@ def config(tmp_path: Path, micro_llama: Micro) -> EvaluateConfig:
         measure=Options(
             WindowOptions(count=3, length=96, batch=2),
             GreedyOptions(2, 16, 8),
-            RecallOptions(2, (0.2, 0.8), 16, 6),
+            RecallOptions(2, (0.2, 0.8), 48, 16, 6),
             SpeedOptions(2, 3),
         ),
         results=str(tmp_path / "results"),

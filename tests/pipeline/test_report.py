@@ -32,7 +32,11 @@ def row(
     fidelity = Fidelity(4, 400, 7.5, delta, 0.001, delta / 2, 1e-4, 5 * delta, 0.9, losses)
     size = Footprint(1024, int(1000 * bits), bits, 50.0, 3, 16)
     found = Measurement(
-        size, fidelity, Agreement(4, 256, 0.5, 99, 1), Recall(20, 16, 1, 0.9, 0.5), bits - 1
+        size,
+        fidelity,
+        Agreement(4, 256, 0.5, 99, 1),
+        Recall(20, 16, 1, 1.5, (1, 2), 0.9, 0.5),
+        bits - 1,
     )
     return Row(Candidate(name, role, f"conf/{name}"), found)
 
@@ -71,7 +75,8 @@ def test_cells_stand_under_their_columns(rows: list[Row]) -> None:
         "top-1 %": "90.00",
         "greedy %": "50",
         "greedy len": "99",
-        "recall %": "50",
+        "recall": "1.50",
+        "exact %": "50",
         "tok/s": "50",
     }
     control = dict(zip(table.COLUMNS, table.cells(rows[0]), strict=True))
