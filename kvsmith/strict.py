@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import sys
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeVar, Union
 
 from kvsmith.errors import explain
 
 T = TypeVar("T")
+# Resolved types of a dataclass's fields; resolving them takes longer than everything else here.
+_hints: Callable[[Any], dict[str, Any]] = functools.cache(typing.get_type_hints)
 
 
 def from_dict(cls: type[T], data: object, where: str) -> T:
@@ -38,7 +41,7 @@ def from_dict(cls: type[T], data: object, where: str) -> T:
     """
     if not isinstance(data, Mapping):
         raise TypeError(explain(where, cls.__name__, "a mapping", type(data).__name__))
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     fields = {f.name: f for f in dataclasses.fields(typing.cast(Any, cls)) if f.init}
     for key in data:
         if key not in fields:
@@ -112,9 +115,9 @@ def _read_union(members: tuple[Any, ...], value: object, where: str) -> Any:
         return None
     members = tuple(m for m in members if m is not type(None))
     tagged: dict[str, Any] = {
-        typing.get_type_hints(m)["kind"].__args__[0]: m
+        _hints(m)["kind"].__args__[0]: m
         for m in members
-        if dataclasses.is_dataclass(m) and "kind" in typing.get_type_hints(m)
+        if dataclasses.is_dataclass(m) and "kind" in _hints(m)
     }
     if len(members) == 1:
         return _read(members[0], value, where)

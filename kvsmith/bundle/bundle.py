@@ -221,6 +221,7 @@ def _load(folder: Path, source: str, links_into: Path | None) -> Bundle:
         manifest = read_manifest(file.read(SIZE_LIMIT + 1), where)
     card, parameters = "", {}
     expected = expected_tensors(manifest.cache, manifest.base_model.geometry)
+    left = dict(expected)
     for name, info in sorted(manifest.files.items()):
         path = str(folder / name)
         with open_file(folder, name, links_into) as file:
@@ -229,8 +230,10 @@ def _load(folder: Path, source: str, links_into: Path | None) -> Bundle:
             if name == CARD:
                 card = _read_card(file.read(CARD_LIMIT + 1), info, path)
                 continue
-            left = {n: t for n, t in expected.items() if n not in parameters}
-            parameters.update(decode(file, info, left, path))
+            found = decode(file, info, left, path)
+            parameters.update(found)
+            for tensor in found:
+                del left[tensor]
     check_parameters(manifest.cache, manifest.base_model.geometry, parameters, str(folder))
     ordered = {n: parameters[n] for n in expected}
     return Bundle(manifest, ordered, card, source)

@@ -20,6 +20,7 @@ FORMAT: Literal["kvsmith-bundle"] = "kvsmith-bundle"
 VERSION: Literal[1] = 1
 SIZE_LIMIT = 2**20  # bytes of manifest.json
 TOKENS_LIMIT = 2**20  # any token count of the cache
+FILES_LIMIT = 2**30  # bytes of all other files together
 _SHARD_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}\.safetensors")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _UNSEALED = "0" * 64
@@ -149,6 +150,8 @@ def check_manifest(manifest: Manifest, where: str) -> None:
             raise refuse(f"{where}.files.{name}", "sha256", "64 hexadecimal digits", info.sha256)
         if info.size < 0:
             raise refuse(f"{where}.files.{name}", "size", "at least 0", info.size)
+    if (total := sum(info.size for info in manifest.files.values())) > FILES_LIMIT:
+        raise refuse(f"{where}.files", "size of all", f"at most {FILES_LIMIT} bytes", total)
     codec = manifest.cache.codec
     for what, tokens in (
         ("sinks", codec.sinks),

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from math import prod
 from typing import Any, BinaryIO
 
-import safetensors.torch
 import torch
 
-from kvsmith.bundle.errors import printable, refuse
+from kvsmith.bundle.errors import refuse
 from kvsmith.bundle.manifest import FileInfo
 from kvsmith.bundle.strict_json import DAMAGED, read_object
 from kvsmith.geometry import ModelGeometry
@@ -22,6 +22,7 @@ from kvsmith.layout import TensorInfo, parameter_tensors
 from kvsmith.spec import NUQ, CacheSpec, TensorCodec
 
 HEADER_LIMIT = 2**21  # bytes of a safetensors header
+CHUNK = 2**20  # bytes that are hashed at a time
 _ALIGN = 8
 
 
@@ -82,17 +83,17 @@ def decode(
     header = file.read(size)
     if not header.startswith(b"{"):
         raise refuse(where, "header", "a JSON object", repr(header[:8]), DAMAGED)
-    _check_header(read_object(header, where), info.size - 8 - size, expected, where)
-    raw = length + header + file.read(info.size - 8 - size)
-    if (digest := hashlib.sha256(raw).hexdigest()) != info.sha256:
-        remedy = (
-            "The file belongs to another bundle or is damaged; copy or export the bundle again."
-        )
-        raise refuse(where, "sha256", info.sha256, digest, remedy)
-    try:
-        return safetensors.torch.load(raw)
-    except safetensors.SafetensorError as error:
-        raise refuse(where, "file", "safetensors", f"({printable(str(error), 120)})") from None
+    body = info.size - 8 - size
+    spans = _check_header(read_object(header, where), body, expected, where)
+    _check_hash(file, length + header, info, where)
+    data = _read_hashed(file, length + header, body, info, where)
+    if not spans:
+        return {}
+    flat = torch.frombuffer(data, dtype=torch.uint8)
+    if sys.byteorder == "big":
+        flat = flat.view(-1, 4).flip(1).flatten()
+    values = flat.view(torch.float32)
+    return {n: values[b // 4 : e // 4].view(expected[n].shape) for n, (b, e) in spans.items()}
 
 
 def check_parameters(
@@ -119,10 +120,10 @@ def check_parameters(
             raise refuse(where, name, f"{info.dtype} {list(info.shape)}", shown)
         if not bool(torch.isfinite(tensor).all()):
             raise refuse(where, name, "finite", "NaN or infinity", "Calibrate again.")
-    for i, part, codec, _, _ in _parts(spec, geometry):
-        prefix = f"layers.{i}.{part}."
-        own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-        _check_values(codec, own, f"{where}: {prefix.removesuffix('.')}")
+    for i, part, codec, heads, dim in _parts(spec, geometry):
+        prefix = f"layers.{i}.{part}"
+        own = {n: tensors[f"{prefix}.{n}"] for n in parameter_tensors(codec, heads, dim)}
+        _check_values(codec, own, f"{where}: {prefix}")
 
 
 def _parts(
@@ -157,25 +158,52 @@ def _check_values(codec: TensorCodec, own: Mapping[str, torch.Tensor], where: st
         raise refuse(where, "decoded values", "finite in float32", "infinity", remedy)
 
 
+def _check_hash(file: BinaryIO, head: bytes, info: FileInfo, where: str) -> None:
+    """Hash a shard of which `head` has been read, a chunk at a time; leaves the file behind it."""
+    state, left = hashlib.sha256(head), info.size - len(head)
+    while left > 0 and (chunk := file.read(min(CHUNK, left))):
+        state.update(chunk)
+        left -= len(chunk)
+    if (digest := state.hexdigest()) != info.sha256:
+        remedy = (
+            "The file belongs to another bundle or is damaged; copy or export the bundle again."
+        )
+        raise refuse(where, "sha256", info.sha256, digest, remedy)
+    file.seek(len(head))
+
+
+def _read_hashed(file: BinaryIO, head: bytes, size: int, info: FileInfo, where: str) -> bytearray:
+    """The data of a shard whose hash was right; hashed once more, since the file may change."""
+    data = bytearray(size)
+    file.readinto(data)  # type: ignore[attr-defined]
+    state = hashlib.sha256(head)
+    state.update(data)
+    if state.hexdigest() != info.sha256:
+        raise refuse(where, "file", "at rest", "one that changes while it is read", "Try again.")
+    return data
+
+
 def _check_header(
     header: dict[str, Any], size: int, expected: Mapping[str, TensorInfo], where: str
-) -> None:
+) -> dict[str, tuple[int, int]]:
+    """Begin and end of every tensor in the data, which they cover without holes or overlap."""
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise refuse(where, "__metadata__", "a map of strings", metadata)
-    spans = []
+    spans = {}
     for name, entry in header.items():
         if name not in expected:
             owned = "one that the codec owns and no other file holds"
             raise refuse(where, "tensor", owned, repr(name))
-        spans.append((*_span(entry, expected[name], f"{where}: {name}"), name))
+        spans[name] = _span(entry, expected[name], f"{where}: {name}")
     end = 0
-    for begin, stop, name in sorted(spans):
+    for name, (begin, stop) in sorted(spans.items(), key=lambda item: item[1]):
         if begin != end:
             raise refuse(f"{where}: {name}", "data offset", str(end), begin, DAMAGED)
         end = stop
     if end != size:
         raise refuse(where, "data", f"{end} bytes long", size, DAMAGED)
+    return spans
 
 
 def _span(entry: object, info: TensorInfo, where: str) -> tuple[int, int]:
