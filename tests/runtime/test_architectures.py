@@ -6,7 +6,8 @@ from transformers import DynamicCache
 
 from kvsmith.hf import geometry, make_cache
 from kvsmith.pipeline.fit.codec import fit_codec
-from kvsmith.pipeline.statistics.layer import LayerStatistics, plan_for
+from kvsmith.pipeline.statistics.layer import LayerStatistics
+from kvsmith.pipeline.statistics.plan import plan_for
 from kvsmith.pipeline.taps import Taps, frozen
 from kvsmith.spec import NUQ, CacheSpec, CodecSpec, Identity, StaticThreshold, TensorCodec, TopK
 from tests.runtime.models import FAMILIES, build, run
