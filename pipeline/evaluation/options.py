@@ -69,7 +69,7 @@ class RecallOptions:
         cue_tokens: tokens of it that are given again.
     """
 
-    texts: int = 8
+    texts: int = 4
     depths: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
     text_tokens: int | None = None
     key_tokens: int = 24
