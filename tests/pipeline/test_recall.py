@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kvsmith.pipeline.evaluation.candidate import FULL
 from kvsmith.pipeline.evaluation.recall import Planted, plant, recall, words_of
 
 Micro = Callable[..., Any]
