@@ -6,7 +6,7 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
 STAMP := .venv/setup.stamp
 START := $(shell date +%s)
 
-.PHONY: setup demo test check bench lint models
+.PHONY: setup demo test check bench fuzz lint models
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -39,6 +39,12 @@ check: lint
 # Rewrites docs/MODELS.md from what the architecture tests measure.
 models: setup
 	OMP_NUM_THREADS=1 $(PY) -m pytest tests/runtime/test_architectures.py --models-page -q
+
+# A million damaged bundles (about 20 minutes). A seed repeats them: make fuzz SEED=7 FIRST=12000.
+FIRST ?= 0
+COUNT ?= 1000000
+fuzz: setup
+	OMP_NUM_THREADS=1 $(PY) -m tests.fuzz --first $(FIRST) --count $(COUNT) $(if $(SEED),--seed $(SEED))
 
 bench: setup
 	$(PY) -m kvsmith.pipeline.fit.bench

@@ -153,7 +153,9 @@ def _read_scalar(hint: Any, value: object, where: str) -> Any:
     if type(value) in allowed:
         return value
     if float in allowed and type(value) is int and abs(value) <= sys.float_info.max:
-        return float(value)
+        number = float(value)
+        if number == value:  # else digits would go without a word
+            return number
     names = " or ".join(getattr(a, "__name__", str(a)) for a in allowed)
     raise TypeError(
         explain(where, "value", f"of type {names}", f"{value!r} ({type(value).__name__})")

@@ -112,6 +112,7 @@ def test_anything_is_read_or_refused_in_one_line(data: Any) -> None:
         ({"quantizer": {"kind": "uniform", "bits": 4.0}}, ValueError, "one of 2, 4, got 4.0."),
         ({"quantizer": {"kind": "nuq", "bits": 4}}, ValueError, "spec.quantizer: key must be one"),
         ({"quantizer": {"kind": "nuq", "fraction": 10**400}}, TypeError, "must be of type float"),
+        ({"quantizer": {"kind": "nuq", "fraction": 2**53 + 1}}, TypeError, "must be of type float"),
     ],
 )
 def test_refusals_name_the_path(data: Any, error: type[Exception], line: str) -> None:
