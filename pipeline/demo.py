@@ -1,6 +1,6 @@
 """The whole way on the shipped model: `python -m kvsmith.pipeline.demo`.
 
-Calibrate, export six codecs, evaluate them beside baselines, and generate with one of them. Each
+Calibrate, export three codecs, evaluate them beside baselines, and generate with one of them. Each
 step is what the command printed above it does; a step that is finished does no work again.
 """
 
@@ -27,14 +27,7 @@ from kvsmith.pipeline.evaluation.greedy import agreement, generate
 from kvsmith.pipeline.log import Run
 from kvsmith.pipeline.model import load_model
 
-CODECS = (
-    "nuq4_o1",
-    "nuq3_o1",
-    "nuq2_o1",
-    "kvquant_nuq4_o1",
-    "kvquant_nuq3_o1",
-    "kvquant_nuq2_o1",
-)
+CODECS = ("nuq4_o1", "nuq3_o1", "nuq2_o1")
 SPOKEN = "nuq3_o1"  # the one that text is generated with
 STEPS = 4
 
