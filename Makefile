@@ -49,4 +49,3 @@ fuzz: setup
 bench: setup
 	$(PY) -m kvsmith.pipeline.fit.bench
 	$(PY) -W ignore -m kvsmith.pipeline.bench_decode
-	$(PY) -m kvsmith.kernels.bench

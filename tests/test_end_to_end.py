@@ -133,7 +133,7 @@ def test_the_demo_goes_the_whole_way_once(
     demo.run(small, own / "first")
     text = capsys.readouterr().out
     assert all(f"== {step}/4 " in text for step in (1, 2, 3, 4))
-    assert "$ python export.py model.path=micro codec=kvquant_nuq3_o1" in text
+    assert "$ python export.py model.path=micro codec=nuq3_o1" in text
     for name in (*demo.CODECS, "int4_token", "prompt, from held-out text:"):
         assert name in text
     assert (own / "first" / "evaluate" / "results.json").is_file()
