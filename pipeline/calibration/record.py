@@ -26,6 +26,7 @@ from kvsmith.strict import from_dict
 RECORD = "calibration.json"
 FIT_VERSION = 1  # raised when the same statistics give other parameters
 SAMPLED = 1024  # elements of each weight that enter its hash
+SMALLEST = 2.0**-14  # smallest normal float16
 
 
 @dataclass(frozen=True)
@@ -94,12 +95,18 @@ def describe_model(cfg: ModelConfig, model: PreTrainedModel) -> tuple[BaseModel,
 
 
 def weights_hash(model: PreTrainedModel) -> str:
-    """SHA-256 over names, shapes, dtypes and 1024 evenly spread elements of all weights."""
+    """SHA-256 over names, shapes and 1024 evenly spread elements of all weights.
+
+    Elements are rounded to bfloat16, and to 0 below the normal range of float16, so that the hash
+    is the same in whichever of float32, bfloat16 and float16 the model was loaded. The exception:
+    float32 weights loaded in float16, which rounds otherwise.
+    """
     state = hashlib.sha256()
     for name, weight in sorted(model.named_parameters()):
         flat = weight.detach().flatten()
-        some = flat[:: max(1, flat.numel() // SAMPLED)].float().cpu().contiguous()
-        state.update(f"{name} {weight.dtype} {list(weight.shape)}\n".encode())
+        some = flat[:: max(1, flat.numel() // SAMPLED)].bfloat16().float().cpu()
+        some = some.masked_fill(some.abs() < SMALLEST, 0.0).contiguous()
+        state.update(f"{name} {list(weight.shape)}\n".encode())
         state.update(some.numpy().astype("<f4").tobytes())
     return state.hexdigest()
 
