@@ -1,4 +1,4 @@
-"""export.py: from a finished calibration to a bundle.
+"""export.py: from a finished calibration to a bundle, or to a checkpoint for other engines.
 
 The name of the bundle's folder is `<codec>-<hash8>`; the hash covers the cache, the base model,
 where the parameters come from, and the parameters, so that equal names mean equal caches.
@@ -8,24 +8,32 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from kvsmith.bundle import BaseModel, Bundle, Calibration, base_model, expected_tensors
 from kvsmith.bundle.card import sizes
 from kvsmith.errors import explain
 from kvsmith.hf import geometry
 from kvsmith.layout import check_geometry
-from kvsmith.pipeline.calibration import find_calibration, parameters_for, read_record
+from kvsmith.pipeline.calibration import (
+    amax_of,
+    check_model,
+    find_calibration,
+    parameters_for,
+    read_record,
+)
 from kvsmith.pipeline.codecs import codec_name
 from kvsmith.pipeline.config import DebugConfig, config_hash, input_path, output_path
+from kvsmith.pipeline.data import DataConfig, PydocsData, token_blocks, tokens_hash
 from kvsmith.pipeline.evaluation.find import shown
 from kvsmith.pipeline.fit import Sensitivity
+from kvsmith.pipeline.fp8_checkpoint import Checkpoint, Weights, model_folder, scales_of
 from kvsmith.pipeline.log import LoggerConfig, NoLogger, Run
 from kvsmith.pipeline.model import ModelConfig, load_config, load_model
-from kvsmith.pipeline.stage import read_json
+from kvsmith.pipeline.stage import locked, read_json
 from kvsmith.spec import CacheSpec, CodecSpec, KeepAll
 from kvsmith.strict import to_dict
 
@@ -45,6 +53,11 @@ class ExportConfig:
         calibration: folder of a finished calibration; None is the newest one of the model.
         calibrations: where calibrations are looked for.
         quality: JSON file with measured numbers; None writes none.
+        format: a bundle, or a checkpoint with 8-bit cache scales (`compressed-tensors`), which
+            leaves codec, eviction and quality aside.
+        data: the calibration's text; only the checkpoint needs it.
+        weights: the checkpoint has a copy of the model's weights, or links to them.
+        checkpoints: folder of all checkpoints; None as for `bundles`.
         bundles: folder of all bundles; None is `artifacts/bundles`, or with `debug=smoke` the
             folder of this run's logs.
         debug: `debug=smoke` leaves the bundles of others alone.
@@ -59,7 +72,11 @@ class ExportConfig:
     calibration: str | None = None
     calibrations: str = "artifacts/calibration"
     quality: str | None = None
+    format: Literal["bundle", "compressed-tensors"] = "bundle"
+    data: DataConfig = field(default_factory=PydocsData)
+    weights: Weights = "copy"
     bundles: str | None = None
+    checkpoints: str | None = None
     debug: DebugConfig = field(default_factory=DebugConfig)
     logger: LoggerConfig = field(default_factory=NoLogger)
 
@@ -72,13 +89,15 @@ def run(cfg: ExportConfig, folder: Path) -> Path:
         folder: this run's own folder.
 
     Returns:
-        The bundle's folder.
+        Folder of the bundle, or of the checkpoint.
 
     Raises:
         FileNotFoundError: the model or its calibration is missing.
         ValueError: the codec, the calibration or the numbers do not fit the model.
     """
     with Run(folder, cfg.logger, cfg) as log:
+        if cfg.format == "compressed-tensors":
+            return write_checkpoint(cfg, folder, log)
         bundle, name = make_bundle(cfg, log)
         path = bundles_folder(cfg, folder) / cfg.model.label / name
         before = path.stat().st_ino if path.is_dir() else None
@@ -93,6 +112,36 @@ def bundles_folder(cfg: ExportConfig, folder: Path) -> Path:
     if cfg.bundles is None and cfg.debug.smoke:
         return folder / "bundles"
     return output_path(cfg.bundles or "artifacts/bundles")
+
+
+def write_checkpoint(cfg: ExportConfig, folder: Path, log: Run) -> Path:
+    """Write `<model>-fp8kv`, and say which scales it has; arguments and result as of `run`."""
+    model, tokenizer = load_model(cfg.model)
+    calibration = calibration_folder(cfg, model)
+    record = read_record(calibration)
+    check_model(record, cfg.model, model, calibration)
+    log.say(f"calibration: {shown(calibration)}")
+
+    def tokens() -> tuple[PreTrainedModel, Tensor]:
+        s = record.source
+        blocks = token_blocks(tokenizer, cfg.data, "calibration", s.samples, s.length, seed=s.seed)
+        if tokens_hash(blocks) != s.tokens_hash:
+            remedy = "Set data= as it was for calibrate.py, or calibrate again."
+            got = f"other tokens in data={cfg.data.kind}"
+            raise ValueError(explain("data", "text", f"that of {calibration}", got, remedy))
+        return model, blocks
+
+    with locked(calibration):
+        amax = amax_of(calibration, record, tokens, log)
+    scales = scales_of(model, record.source.base_model.geometry, amax)
+    smoke = cfg.checkpoints is None and cfg.debug.smoke
+    root = folder if smoke else output_path(cfg.checkpoints or "artifacts/checkpoints")
+    target = root / f"{cfg.model.label}-fp8kv"
+    Checkpoint(model_folder(cfg.model), target, scales, cfg.weights).write()
+    rows = [(name, f"{float(scale):.6g}") for name, scale in scales.items()]
+    log.table("Scales of float8 (e4m3)", ("tensor", "scale"), rows)
+    log.say(f"written: {shown(target)}")
+    return target
 
 
 def make_bundle(cfg: ExportConfig, log: Run) -> tuple[Bundle, str]:
@@ -131,16 +180,21 @@ def calibrated(
 
     Only looking for it takes the model's weights: they tell whether it was made for them.
     """
-    if cfg.calibration is None:
-        model, _ = load_model(cfg.model)
-        folder = find_calibration(output_path(cfg.calibrations), cfg.model, model)
-    else:
-        folder = input_path(cfg.calibration)
+    model = load_model(cfg.model)[0] if cfg.calibration is None else None
+    folder = calibration_folder(cfg, model)
     record = read_record(folder)
     record.source.base_model.check(base, str(folder))
     log.say(f"calibration: {shown(folder)}")
     parameters = parameters_for(folder, cfg.codec, log, cfg.sensitivity)
     return record.provenance(cfg.sensitivity), parameters
+
+
+def calibration_folder(cfg: ExportConfig, model: PreTrainedModel | None) -> Path:
+    """The calibration that `cfg` names, or the newest one of the model's weights."""
+    if cfg.calibration is not None:
+        return input_path(cfg.calibration)
+    assert model is not None
+    return find_calibration(output_path(cfg.calibrations), cfg.model, model)
 
 
 def identity(bundle: Bundle) -> str:

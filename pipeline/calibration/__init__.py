@@ -3,9 +3,10 @@
 A folder `artifacts/calibration/<model>/<hash8>/` holds `calibration.json` (where the numbers come
 from), `statistics/layer-000.safetensors`, ... and `parameters/<codec>/layer-000.safetensors`, ...
 `record.py` reads them, `collect.py` makes the statistics, `parameters.py` fits any codec that the
-statistics reach, also long after the model has gone.
+statistics reach, also long after the model has gone; `amax.py` looks at rotated keys.
 """
 
+from kvsmith.pipeline.calibration.amax import amax_of, collect_amax
 from kvsmith.pipeline.calibration.parameters import fit_stages, owns_parameters, parameters_for
 from kvsmith.pipeline.calibration.record import (
     RECORD,
@@ -23,7 +24,9 @@ __all__ = [
     "RECORD",
     "Record",
     "Source",
+    "amax_of",
     "check_model",
+    "collect_amax",
     "describe_model",
     "find_calibration",
     "fit_stages",
