@@ -83,6 +83,9 @@ def _panel(ax: Any, points: Sequence[Point], label: str) -> None:
     ax.set_ylabel(label)
     ax.grid(True, color=GRID, linewidth=0.6)
     ax.set_axisbelow(True)
+    heights = [max(p.value, floor) for p in points]
+    if len(set(heights)) == 1:  # a logarithmic axis needs some height
+        ax.set_ylim(heights[0] / 10, heights[0] * 10)
     ax.margins(x=0.14, y=0.1)
     frame(ax)
     _label(ax, points, floor)

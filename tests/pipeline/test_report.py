@@ -135,6 +135,9 @@ def test_figures_are_written(tmp_path: Path, rows: list[Row]) -> None:
     density = torch.rand(128)
     book = Codebook("layer 0, keys", density, density.flip(0), torch.linspace(-0.9, 0.9, 8))
     plot_codebooks([book] * 3, tmp_path / "codebooks.png", "nuq3")
-    for name in ("losses.png", "codebooks.png"):
+    plot_losses([none], tmp_path / "one.png", "tiny")
+    for name in ("losses.png", "codebooks.png", "one.png"):
         assert (tmp_path / name).read_bytes().startswith(PNG)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["codebooks.png", "losses.png"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        *("codebooks.png", "losses.png", "one.png"),
+    ]
