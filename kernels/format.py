@@ -19,7 +19,8 @@ class Format:
         axis: whose range it is, "channel" or "token".
         group: axis "token": channels per range, 0 for the whole token; axis "channel": tokens per
             range, 0 for calibrated ranges.
-        slots: outliers stored a token, N.
+        slots: outliers stored a token, N; `block * slots` stand together, ordered by head.
+        block: tokens that are encoded together.
         outliers: "threshold" corrects elements beyond the calibrated range, "error" those coded
             worst, "extremes" the token's largest and smallest elements, "none" nothing.
         store: dtype of online ranges and corrections.
@@ -31,6 +32,17 @@ class Format:
     slots: int
     outliers: OutlierRule
     store: torch.dtype
+    block: int = 16
+
+
+def index_dtype(largest: int) -> torch.dtype:
+    """Smallest dtype for unsigned integers up to `largest` < 65536; int16 is read as unsigned."""
+    return torch.uint8 if largest < 256 else torch.int16
+
+
+def unsigned(stored: torch.Tensor) -> torch.Tensor:
+    """int64 values of a tensor stored as `index_dtype`."""
+    return stored.long() if stored.dtype == torch.uint8 else stored.long() & 0xFFFF
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,4 @@
-"""A TensorCodec with its parameters: encode blocks of tokens, decode them, say which page tensors
-hold them.
-"""
+"""A TensorCodec with its parameters: encodes blocks of tokens and decodes them."""
 
 from __future__ import annotations
 
@@ -13,7 +11,7 @@ from kvsmith.errors import explain
 from kvsmith.kernels.decode.api import decode
 from kvsmith.kernels.encode_pack.api import encode_pack
 from kvsmith.kernels.format import Format, OutlierRule, Tables
-from kvsmith.layout import TensorInfo, outlier_slots, page_tensors, parameter_tensors
+from kvsmith.layout import outlier_slots, parameter_tensors
 from kvsmith.spec import Identity, StaticThreshold, TensorCodec
 
 
@@ -48,6 +46,7 @@ class Codec:
         parameters: the tensors that `parameter_tensors` names; may be empty for codecs that own
             none.
         where: prefix of error messages, e.g. "layers.3.k".
+        block: tokens that are encoded together.
 
     Raises:
         ValueError: a parameter is missing or has another shape.
@@ -61,6 +60,7 @@ class Codec:
         store: torch.dtype,
         parameters: Mapping[str, torch.Tensor],
         where: str,
+        block: int = 16,
     ) -> None:
         self.spec, self.heads, self.dim, self.store = spec, heads, dim, store
         _check_parameters(spec, heads, dim, parameters, where)
@@ -69,7 +69,7 @@ class Codec:
             return
         slots = outlier_slots(spec, heads, dim)
         outliers = _outlier_rule(spec) if slots else "none"
-        self.format = Format(q.bits, q.axis, q.group_size or 0, slots, outliers, store)
+        self.format = Format(q.bits, q.axis, q.group_size or 0, slots, outliers, store, block)
         lut = parameters.get("lut")
         if lut is None:
             lut = uniform_levels(q.bits) if q.kind == "uniform" else normal_levels(q.bits)
@@ -86,12 +86,8 @@ class Codec:
         if not self.is_identity and self.tables.lut.device != device:
             self.tables = self.tables.to(device)
 
-    def page(self, tokens: int, dense: torch.dtype) -> dict[str, TensorInfo]:
-        """Tensors of a page of `tokens` tokens, without the batch dimension."""
-        return page_tensors(self.spec, self.heads, self.dim, tokens, self.store, dense)
-
     def encode(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Encode [B, H, T, D]; the result is named and shaped like `page`."""
+        """Encode [B, H, T, D]; the result is named and shaped as `page_tensors` says."""
         return {"dense": x} if self.is_identity else encode_pack(x, self.format, self.tables)
 
     def decode(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:

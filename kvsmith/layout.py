@@ -13,6 +13,7 @@ import torch
 
 from kvsmith.errors import explain
 from kvsmith.geometry import LayerGeometry, ModelGeometry
+from kvsmith.kernels.format import index_dtype
 from kvsmith.kernels.pack.api import packed_bytes
 from kvsmith.spec import CacheSpec, CodecSpec, Identity, TensorCodec
 
@@ -74,7 +75,13 @@ def parameter_tensors(codec: TensorCodec, heads: int, dim: int) -> dict[str, Ten
 
 
 def page_tensors(
-    codec: TensorCodec, heads: int, dim: int, tokens: int, store: torch.dtype, dense: torch.dtype
+    codec: TensorCodec,
+    heads: int,
+    dim: int,
+    tokens: int,
+    block: int,
+    store: torch.dtype,
+    dense: torch.dtype,
 ) -> dict[str, TensorInfo]:
     """Tensors that hold `tokens` encoded tokens of one batch row.
 
@@ -83,13 +90,14 @@ def page_tensors(
         heads: KV heads H.
         dim: channels of a head D.
         tokens: page length T.
+        block: tokens that are encoded together.
         store: dtype of ranges and corrections.
         dense: dtype of unquantized elements.
 
     Returns:
         name -> TensorInfo without the batch dimension: `dense` [H, T, D] for the identity, else
-        `codes` [H, T, bytes] uint8, `scale`/`zero` for online ranges, `index`/`value` [T, N] for
-        outliers.
+        `codes` [H, T, bytes] uint8, `scale`/`zero` for online ranges, `index`/`value` [T / block,
+        block * N] and `start` [T / block, H + 1] for outliers.
     """
     q = codec.quantizer
     if isinstance(q, Identity):
@@ -102,10 +110,15 @@ def page_tensors(
         tensors["scale"] = TensorInfo(shape, store, "half width of the range")
         tensors["zero"] = TensorInfo(shape, store, "centre of the range")
     if slots := outlier_slots(codec, heads, dim):
-        index = torch.uint8 if heads * dim <= 256 else torch.int16
-        tensors["index"] = TensorInfo((tokens, slots), index, "head * D + channel, unsigned")
+        blocks, each = tokens // block, block * slots
+        tensors["index"] = TensorInfo(
+            (blocks, each), index_dtype(block * dim - 1), "token in block * D + channel, unsigned"
+        )
         tensors["value"] = TensorInfo(
-            (tokens, slots), store, "correction added to the decoded element"
+            (blocks, each), store, "correction added to the decoded element"
+        )
+        tensors["start"] = TensorInfo(
+            (blocks, heads + 1), index_dtype(each), "first correction of each head, unsigned"
         )
     return tensors
 
@@ -123,8 +136,8 @@ def check_geometry(spec: CacheSpec, geometry: ModelGeometry) -> None:
     """Refuse a codec that the model's shape cannot hold.
 
     Raises:
-        ValueError: a channel group does not divide the head dim, or the KV width exceeds 16-bit
-            indices.
+        ValueError: a channel group does not divide the head dim, or the outliers of a block exceed
+            16-bit indices.
     """
     for i in geometry.owners:
         layer = geometry.layers[i]
@@ -143,13 +156,14 @@ def check_geometry(spec: CacheSpec, geometry: ModelGeometry) -> None:
                         where, "group", f"a divisor of head dim {dim} (layer {i})", q.group_size
                     )
                 )
-            if codec.outliers and layer.kv_heads * dim > 65536:
+            block, slots = spec.codec.block_size, outlier_slots(codec, layer.kv_heads, dim)
+            if slots and block * max(dim, slots) >= 65536:
                 raise ValueError(
                     explain(
                         f"layer {i}",
-                        "KV width",
-                        "at most 65536 with outliers",
-                        layer.kv_heads * dim,
+                        "block_size",
+                        f"below {65536 // max(dim, slots)} with outliers of {name}",
+                        block,
                     )
                 )
 
@@ -176,12 +190,55 @@ class CacheBytes:
         return self.body + self.windows + self.parameters + self.positions
 
 
-def page_bytes(codec: CodecSpec, layer: LayerGeometry, tokens: int, dense: torch.dtype) -> int:
-    """Bytes of `tokens` encoded tokens of one batch row in one layer."""
-    store = DTYPES[codec.store_dtype]
-    k = page_tensors(codec.k, layer.kv_heads, layer.k_dim, tokens, store, dense)
-    v = page_tensors(codec.v, layer.kv_heads, layer.v_dim, tokens, store, dense)
-    return sum(t.nbytes for t in (*k.values(), *v.values()))
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor lies in a page.
+
+    Attributes:
+        offset: first byte in a row of the page.
+        info: shape, without the batch dimension, and dtype.
+    """
+
+    offset: int
+    info: TensorInfo
+
+
+@dataclass(frozen=True)
+class PageLayout:
+    """A page: one buffer [B, nbytes] uint8 that holds encoded keys and values of a run of tokens.
+
+    Attributes:
+        k, v: name -> place of every tensor of the keys and of the values.
+        nbytes: bytes of a row, a multiple of 16.
+    """
+
+    k: dict[str, Place]
+    v: dict[str, Place]
+    nbytes: int
+
+
+def page_layout(
+    codec: CodecSpec, layer: LayerGeometry, tokens: int, dense: torch.dtype
+) -> PageLayout:
+    """Lay out a page of `tokens` tokens of one layer; tensors start at multiples of 16 bytes."""
+    sides: list[dict[str, Place]] = []
+    end = 0
+    for part, dim in ((codec.k, layer.k_dim), (codec.v, layer.v_dim)):
+        infos = page_tensors(
+            part,
+            layer.kv_heads,
+            dim,
+            tokens,
+            codec.block_size,
+            DTYPES[codec.store_dtype],
+            dense,
+        )
+        places = {}
+        for name, info in infos.items():
+            places[name] = Place(end, info)
+            end += -(-info.nbytes // 16) * 16
+        sides.append(places)
+    return PageLayout(sides[0], sides[1], end)
 
 
 def table_bytes(codec: TensorCodec, heads: int, dim: int) -> int:
@@ -226,7 +283,7 @@ def cache_bytes(
     pages = -(-encoded_tokens(codec, tokens) // page)
     dense_tokens = codec.sinks + codec.recent + codec.block_size
     layers = [geometry.layers[i] for i in geometry.owners]
-    body = sum(batch * pages * page_bytes(codec, g, page, dense) for g in layers)
+    body = sum(batch * pages * page_layout(codec, g, page, dense).nbytes for g in layers)
     windows = sum(batch * dense_tokens * g.elements * dense.itemsize for g in layers)
     parameters = sum(
         table_bytes(part, g.kv_heads, dim)

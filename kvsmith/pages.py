@@ -1,54 +1,81 @@
-"""Pages: the tensors that hold a run of encoded tokens of one layer, for all rows of a batch."""
+"""Pages: one buffer each, with the encoded keys and values of a run of tokens for all rows."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from kvsmith.codec import Codec
+from kvsmith.layout import PageLayout, Place
 
-Page = dict[str, torch.Tensor]
-
-
-def new_page(codec: Codec, tokens: int, like: torch.Tensor) -> Page:
-    """Empty tensors for `tokens` tokens of as many rows as `like` has, on its device."""
-    rows, infos = like.shape[0], codec.page(tokens, like.dtype)
-    return {
-        name: torch.zeros((rows, *info.shape), dtype=info.dtype, device=like.device)
-        for name, info in infos.items()
-    }
+Tensors = dict[str, torch.Tensor]
 
 
-def write(page: Page, codec: Codec, offset: int, x: torch.Tensor) -> None:
-    """Encode tokens [B, H, T, D] into a page from token `offset` on."""
+class Page:
+    """Encoded tokens of one layer.
+
+    Args:
+        layout: where the tensors lie.
+        buffer: [B, layout.nbytes] uint8.
+
+    Attributes:
+        buffer: as given.
+        sides: tensors of the keys and of the values, views [B, ...] of the buffer.
+    """
+
+    def __init__(self, layout: PageLayout, buffer: torch.Tensor) -> None:
+        self.layout, self.buffer = layout, buffer
+        self.sides = (_views(buffer, layout.k), _views(buffer, layout.v))
+
+
+def new_page(layout: PageLayout, like: torch.Tensor) -> Page:
+    """An empty page with as many rows as `like` has, on its device."""
+    shape = (like.shape[0], layout.nbytes)
+    return Page(layout, torch.zeros(shape, dtype=torch.uint8, device=like.device))
+
+
+def _views(buffer: torch.Tensor, places: Mapping[str, Place]) -> Tensors:
+    views = {}
+    for name, place in places.items():
+        part = buffer[:, place.offset : place.offset + place.info.nbytes]
+        views[name] = part.view(place.info.dtype).unflatten(1, place.info.shape)
+    return views
+
+
+def write(tensors: Tensors, codec: Codec, offset: int, x: torch.Tensor) -> None:
+    """Encode tokens [B, H, T, D] into one side of a page from token `offset` on."""
     for name, part in codec.encode(x).items():
-        _tokens(page[name], name, codec, offset, offset + x.shape[2]).copy_(part)
+        _tokens(tensors[name], name, codec, offset, offset + x.shape[2]).copy_(part)
 
 
-def read(pages: Sequence[Page], codec: Codec, start: int, stop: int) -> torch.Tensor:
+def read(sides: Sequence[Tensors], codec: Codec, start: int, stop: int) -> torch.Tensor:
     """Decode tokens [start, stop), counted from the first page; both at block boundaries.
 
     Returns:
         [B, H, stop - start, D] in the dtype that the codec decodes to.
     """
-    whole = pages[0] if len(pages) == 1 else {n: _join(n, codec, pages) for n in pages[0]}
+    whole = sides[0] if len(sides) == 1 else {n: _join(n, codec, sides) for n in sides[0]}
     return codec.decode({n: _tokens(t, n, codec, start, stop) for n, t in whole.items()})
 
 
 def _token_dim(name: str, codec: Codec) -> int:
-    """Dimension of a page tensor that counts tokens (or groups of them)."""
+    """Dimension of a page tensor that counts tokens, groups or blocks of them."""
     if name in ("scale", "zero"):
         return 1 if codec.format.axis == "token" and not codec.format.group else 2
-    return 1 if name in ("index", "value") else 2
+    return 1 if name in ("index", "value", "start") else 2
 
 
 def _tokens(tensor: torch.Tensor, name: str, codec: Codec, start: int, stop: int) -> torch.Tensor:
     """View of the tokens [start, stop) of a page tensor."""
+    unit = 1
     if name in ("scale", "zero") and codec.format.axis == "channel":
-        start, stop = start // codec.format.group, -(-stop // codec.format.group)
-    return tensor.narrow(_token_dim(name, codec), start, stop - start)
+        unit = codec.format.group
+    elif name in ("index", "value", "start"):
+        unit = codec.format.block
+    first, last = start // unit, -(-stop // unit)
+    return tensor.narrow(_token_dim(name, codec), first, last - first)
 
 
-def _join(name: str, codec: Codec, parts: Sequence[Page]) -> torch.Tensor:
+def _join(name: str, codec: Codec, parts: Sequence[Tensors]) -> torch.Tensor:
     return torch.cat([p[name] for p in parts], dim=_token_dim(name, codec))

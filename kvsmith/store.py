@@ -20,6 +20,7 @@ import torch
 from kvsmith.codec import Codec
 from kvsmith.errors import explain
 from kvsmith.geometry import LayerGeometry
+from kvsmith.layout import page_layout
 from kvsmith.pages import Page, new_page, read, write
 from kvsmith.spec import CodecSpec
 
@@ -62,7 +63,7 @@ class LayerStore:
     def clear(self) -> None:
         """Forget every token and free the memory."""
         self.length = self.encoded = 0
-        self.pages: list[tuple[Page, Page]] = []
+        self.pages: list[Page] = []
         self.freed = 0  # pages that a sliding window has left behind
         self.sinks: tuple[torch.Tensor, torch.Tensor] | None = None
         self.recent: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -165,11 +166,10 @@ class LayerStore:
     def _encode(self, k: torch.Tensor, v: torch.Tensor) -> None:
         offset = self.encoded % self.page_size
         if offset == 0:
-            sides = zip(self.codecs, (k, v), strict=True)
-            new_k, new_v = (new_page(codec, self.page_size, x) for codec, x in sides)
-            self.pages.append((new_k, new_v))
-        for codec, page, x in zip(self.codecs, self.pages[-1], (k, v), strict=True):
-            write(page, codec, offset, x)
+            layout = page_layout(self.spec, self.geometry, self.page_size, k.dtype)
+            self.pages.append(new_page(layout, k))
+        for codec, tensors, x in zip(self.codecs, self.pages[-1].sides, (k, v), strict=True):
+            write(tensors, codec, offset, x)
         self.encoded += k.shape[2]
 
     def _free_passed(self, query: int) -> None:
@@ -216,7 +216,7 @@ class LayerStore:
         blocks = -(-tokens // self.spec.block_size) * self.spec.block_size
         pages = self.pages[first - self.freed : -(-stop // self.page_size) - self.freed]
         dense = [
-            read([p[side] for p in pages], codec, 0, blocks)[:, :, :tokens]
+            read([p.sides[side] for p in pages], codec, 0, blocks)[:, :, :tokens]
             for side, codec in enumerate(self.codecs)
         ]
         return Segment(dense[0], dense[1], self.spec.sinks + first * self.page_size)
@@ -234,11 +234,7 @@ class LayerStore:
         self.sinks = (change(self.sinks[0]), change(self.sinks[1]))
         self.recent = (change(self.recent[0]), change(self.recent[1]))
         self.padding = None if self.padding is None else change(self.padding)
-        for i, (k, v) in enumerate(self.pages):
-            self.pages[i] = (
-                {n: change(t) for n, t in k.items()},
-                {n: change(t) for n, t in v.items()},
-            )
+        self.pages = [Page(p.layout, change(p.buffer)) for p in self.pages]
 
     def crop(self, length: int) -> None:
         """Forget the tokens from column `length` on.
@@ -265,7 +261,7 @@ class LayerStore:
             )
         if cut > whole:
             for side, codec in enumerate(self.codecs):
-                page = self.pages[index - self.freed][side]
+                page = self.pages[index - self.freed].sides[side]
                 block = read([page], codec, offset, offset + self.spec.block_size)
                 self.recent[side][:, :, : cut - whole] = block[:, :, : cut - whole]
         self.encoded = whole
@@ -276,8 +272,7 @@ class LayerStore:
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every allocated tensor as (body | windows | parameters, tensor)."""
         for page in self.pages:
-            for side in page:
-                yield from (("body", t) for t in side.values())
+            yield "body", page.buffer
         for pair in (self.sinks, self.recent):
             yield from (("windows", t) for t in pair or ())
         for codec in self.codecs:

@@ -30,7 +30,7 @@ def decode(
     Raises:
         ValueError: a tensor is missing.
     """
-    missing = {"codes"} | ({"index", "value"} if fmt.slots else set())
+    missing = {"codes"} | ({"index", "value", "start"} if fmt.slots else set())
     if missing - set(tensors):
         raise ValueError(
             explain("decode", "tensors", ", ".join(sorted(missing)), ", ".join(sorted(tensors)))

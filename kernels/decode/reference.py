@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from kvsmith.kernels.format import Format, Tables
+from kvsmith.kernels.format import Format, Tables, unsigned
 from kvsmith.kernels.pack.api import unpack
 
 
@@ -23,7 +23,7 @@ def decode(
         assert tables.scale is not None and tables.zero is not None
         x = torch.addcmul(tables.zero[:, None], x, tables.scale[:, None])
     if fmt.slots:
-        _add_outliers(x, tensors["index"], tensors["value"])
+        _add_outliers(x, tensors, fmt.block)
     return x
 
 
@@ -36,12 +36,12 @@ def expand_range(values: torch.Tensor, shape: torch.Size, fmt: Format) -> torch.
     return values[:, None, :, None]
 
 
-def _add_outliers(x: torch.Tensor, index: torch.Tensor, value: torch.Tensor) -> None:
-    """Add the corrections in place: index head * D + channel of token t is element (head, t,
-    channel).
-    """
+def _add_outliers(x: torch.Tensor, tensors: Mapping[str, torch.Tensor], block: int) -> None:
+    """Add the corrections in place."""
     B, _, T, D = x.shape
-    position = index.long() if index.dtype == torch.uint8 else index.long() & 0xFFFF
-    token = torch.arange(T, device=x.device)[:, None]
-    flat = (position // D * T + token) * D + position % D  # [B, T, N]
-    x.view(B, -1).scatter_add_(1, flat.view(B, -1), value.float().view(B, -1))
+    index, ends = unsigned(tensors["index"]), unsigned(tensors["start"])[..., 1:].contiguous()
+    place = torch.arange(index.shape[2], device=x.device).expand(index.shape).contiguous()
+    head = torch.searchsorted(ends, place, right=True)
+    first = torch.arange(index.shape[1], device=x.device)[:, None] * (block * D)
+    flat = head * (T * D) + first + index  # [B, T / block, block * N]
+    x.view(B, -1).scatter_add_(1, flat.view(B, -1), tensors["value"].float().view(B, -1))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from kvsmith.kernels.decode.reference import expand_range
-from kvsmith.kernels.format import Format, Tables
+from kvsmith.kernels.format import Format, Tables, index_dtype
 from kvsmith.kernels.pack.api import pack
 
 _INF = float("inf")
@@ -39,11 +39,28 @@ def encode_pack(x: torch.Tensor, fmt: Format, tables: Tables) -> dict[str, torch
                 index = error.abs().topk(fmt.slots, dim=-1).indices
             assert index is not None
             value = error.gather(-1, index)
-        index, order = index.sort(dim=-1)
-        limit = torch.finfo(fmt.store).max
-        tensors["index"] = index.to(torch.uint8 if H * D <= 256 else torch.int16)
-        tensors["value"] = value.gather(-1, order).clamp(-limit, limit).to(fmt.store)
+        tensors |= _by_head(index, value, fmt, H, D)
     return tensors
+
+
+def _by_head(
+    index: torch.Tensor, value: torch.Tensor, fmt: Format, heads: int, dim: int
+) -> dict[str, torch.Tensor]:
+    """Order corrections [B, T, N] at head * D + channel as they are stored."""
+    B, T, N = index.shape
+    block, area = fmt.block, fmt.block * dim
+    token = torch.arange(T, device=index.device)[:, None] % block
+    place = index // dim * area + token * dim + index % dim
+    place, order = place.view(B, T // block, block * N).sort(dim=-1)
+    value = value.reshape(place.shape).gather(-1, order)
+    firsts = torch.arange(heads + 1, device=index.device) * area
+    start = torch.searchsorted(place, firsts.expand(B, T // block, -1).contiguous())
+    limit = torch.finfo(fmt.store).max
+    return {
+        "index": (place % area).to(index_dtype(area - 1)),
+        "value": value.clamp(-limit, limit).to(fmt.store),
+        "start": start.to(index_dtype(block * N)),
+    }
 
 
 def online_range(

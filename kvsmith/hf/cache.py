@@ -96,7 +96,15 @@ class KVCache(Cache, SeamCache):
                     if n.startswith(prefix + ".")
                 }
                 sides.append(
-                    Codec(part, layer.kv_heads, dim, DTYPES[spec.codec.store_dtype], own, prefix)
+                    Codec(
+                        part,
+                        layer.kv_heads,
+                        dim,
+                        DTYPES[spec.codec.store_dtype],
+                        own,
+                        prefix,
+                        spec.codec.block_size,
+                    )
                 )
             self.stores[i] = LayerStore(spec.codec, layer, spec.page_size, *sides)
         self._calls: dict[int, Seam] = {}

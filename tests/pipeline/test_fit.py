@@ -256,7 +256,7 @@ def test_a_constant_channel_keeps_its_value() -> None:
     stats.update("v", x, None)
     fitted = fit_codec(stats, spec, "none")
     own = {key.removeprefix("k."): t for key, t in fitted.items() if key.startswith("k.")}
-    coder = Codec(spec.k, H, D, torch.float32, own, "k")
+    coder = Codec(spec.k, H, D, torch.float32, own, "k", block=8)
     got = coder.decode(coder.encode(x[:8].transpose(0, 1)[None]))[0]
     torch.testing.assert_close(got[0, :, 0], torch.full((8,), 7.25), rtol=1e-5, atol=0)
     assert got[1, :, 3].abs().max() < 1e-5

@@ -27,7 +27,10 @@ def make(name, sinks=3, recent=5, block=8, page=16, window=None):
     spec = CodecSpec(k, v, sinks=sinks, recent=recent, block_size=block)
     store = DTYPES[spec.store_dtype]
     shape = LayerGeometry(2, 4, 16, 24, window)
-    codecs = (Codec(k, 2, 16, store, {}, "k"), Codec(v, 2, 24, store, {}, "v"))
+    codecs = (
+        Codec(k, 2, 16, store, {}, "k", block),
+        Codec(v, 2, 24, store, {}, "v", block),
+    )
     return LayerStore(spec, shape, page, *codecs), CacheSpec(spec, page_size=page)
 
 
