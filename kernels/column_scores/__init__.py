@@ -1,0 +1,1 @@
+"""Attention mass that each cached token receives."""
