@@ -3,14 +3,17 @@ made when needed.
 
 Keys are stored before RoPE. At attention time the model's own rotary module turns stored position
 ids into cos and sin, and the model's own rotary function applies them, so half-split, interleaved,
-partial, linear, llama3 and YaRN variants need no code here.
+partial, linear, llama3 and YaRN variants need no code here. Dynamic and LongRoPE modules change
+their frequencies as a text grows; a token keeps those of the step that stored it, as it does in a
+cache of rotated keys.
 """
 
 from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +22,8 @@ from torch import nn
 
 CosSin = tuple[torch.Tensor, torch.Tensor]
 Rotate = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+# By rotary module, what it rotates with: inverse frequencies and the scale of cos and sin.
+Frequencies = dict[nn.Module, dict[str, Any]]
 
 # Tokens whose cos and sin are kept during one forward pass, so that layers share them.
 _MEMO_TOKENS = 4096
@@ -69,6 +74,46 @@ def _fits(apply: Rotate, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) 
         return False
 
 
+def changes_frequencies(module: nn.Module) -> bool:
+    """Whether a rotary module's frequencies depend on the length of the text."""
+    kinds = getattr(module, "rope_type", None)
+    names = kinds.values() if isinstance(kinds, Mapping) else [kinds]
+    return any(name == "longrope" or "dynamic" in str(name) for name in names)
+
+
+def frequencies(modules: list[nn.Module]) -> Frequencies:
+    """A copy of what rotary modules rotate with now."""
+    found: Frequencies = {}
+    for module in modules:
+        names = [n for n, _ in module.named_buffers() if n.endswith("inv_freq")]
+        names += [n for n in vars(module) if n.endswith("attention_scaling")]
+        values = {n: getattr(module, n) for n in names if "original" not in n}
+        found[module] = {
+            n: v.clone() if isinstance(v, torch.Tensor) else v for n, v in values.items()
+        }
+    return found
+
+
+def _same(a: Frequencies, b: Frequencies) -> bool:
+    return all(
+        torch.equal(x, b[m][n]) if isinstance(x, torch.Tensor) else x == b[m][n]
+        for m, values in a.items()
+        for n, x in values.items()
+    )
+
+
+@contextmanager
+def _set(module: nn.Module, values: Mapping[str, Any]) -> Iterator[None]:
+    before = {name: getattr(module, name) for name in values}
+    for name, value in values.items():
+        setattr(module, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(module, name, value)
+
+
 @dataclass(frozen=True)
 class RotarySource:
     """A rotary module and the arguments, besides positions, that it was called with (a layer type,
@@ -79,13 +124,19 @@ class RotarySource:
     args: tuple[Any, ...] = ()
     kwargs: tuple[tuple[str, Any], ...] = ()
 
-    def __call__(self, positions: torch.Tensor, dtype: torch.dtype) -> CosSin:
-        """cos and sin [rows, T, width] of `positions` [rows, T] in `dtype`."""
+    def __call__(
+        self, positions: torch.Tensor, dtype: torch.dtype, frozen: Frequencies | None = None
+    ) -> CosSin:
+        """cos and sin [rows, T, width] of `positions` [rows, T] in `dtype`, with the module's own
+        frequencies or `frozen` ones.
+        """
         like = torch.empty((1, 1, 1), dtype=dtype, device=positions.device)
         # The class's forward: hooks that watch the module's own calls must not see this one.
-        cos, sin = type(self.module).forward(
-            self.module, like, positions, *self.args, **dict(self.kwargs)
-        )
+        forward, values = type(self.module).forward, (frozen or {}).get(self.module, {})
+        if values:  # the forward within the one that would choose frequencies for these positions
+            forward = inspect.unwrap(forward)
+        with torch.no_grad(), _set(self.module, values):
+            cos, sin = forward(self.module, like, positions, *self.args, **dict(self.kwargs))
         return cos, sin
 
 
@@ -95,7 +146,9 @@ class TableSource:
 
     module: nn.Module
 
-    def __call__(self, positions: torch.Tensor, dtype: torch.dtype) -> CosSin:
+    def __call__(
+        self, positions: torch.Tensor, dtype: torch.dtype, frozen: Frequencies | None = None
+    ) -> CosSin:
         """cos and sin [rows, T, width / 2] of `positions` [rows, T] in `dtype`."""
         table = self.module.embed_positions
         assert isinstance(table, torch.Tensor)
@@ -111,20 +164,26 @@ class Positions:
         page_size: tokens of a page.
         length: columns held.
         pages: [rows, page_size] int32 each; one row where all batch rows agree.
+        epochs: (first column, frequencies from there on), for models that change them.
     """
 
     page_size: int
     length: int = 0
     pages: list[torch.Tensor] = field(default_factory=list)
+    epochs: list[tuple[int, Frequencies]] = field(default_factory=list)
     _memo: dict[Any, CosSin] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
         """Allocated bytes."""
-        return sum(p.nbytes for p in self.pages)
+        frozen = [v for _, f in self.epochs for values in f.values() for v in values.values()]
+        tensors = [*self.pages, *(v for v in frozen if isinstance(v, torch.Tensor))]
+        return sum(t.nbytes for t in tensors)
 
-    def append(self, ids: torch.Tensor) -> None:
-        """Add position ids [rows, T]."""
+    def append(self, ids: torch.Tensor, now: Frequencies | None = None) -> None:
+        """Add position ids [rows, T], rotated with the frequencies `now` where these change."""
+        if now and not (self.epochs and _same(self.epochs[-1][1], now)):
+            self.epochs.append((self.length, now))
         if (
             ids.shape[0] > 1
             and bool((ids == ids[:1]).all())
@@ -152,6 +211,7 @@ class Positions:
     def crop(self, length: int) -> None:
         """Forget columns from `length` on."""
         self.length = min(self.length, length)
+        self.epochs = [(first, f) for first, f in self.epochs if first < self.length]
         del self.pages[-(-self.length // self.page_size) :]
 
     def map_rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -178,14 +238,48 @@ class Positions:
             assert columns is not None
             ids = self.window(0, self.length)
             index = columns.clamp(max=self.length - 1)
-            return source(ids.expand(index.shape[0], -1).gather(1, index), dtype)
+            return self._chosen(
+                source, ids.expand(index.shape[0], -1).gather(1, index), dtype, index
+            )
         key = (source, dtype, start, stop)
         if key not in self._memo:
-            made = source(self.window(start, stop), dtype)
+            made = self._range(source, self.window(start, stop), dtype, start)
             if sum(c.shape[1] for c, _ in self._memo.values()) + stop - start > _MEMO_TOKENS:
                 return made
             self._memo[key] = made
         return self._memo[key]
+
+    def _range(
+        self, source: RotarySource | TableSource, ids: torch.Tensor, dtype: torch.dtype, start: int
+    ) -> CosSin:
+        """cos and sin of the columns from `start` on, whose position ids are `ids`."""
+        if not self.epochs:
+            return source(ids, dtype)
+        stop, parts = start + ids.shape[1], []
+        ends = [first for first, _ in self.epochs[1:]]
+        for (first, frozen), end in zip(self.epochs, [*ends, stop], strict=True):
+            a, b = max(first, start), min(end, stop)
+            if a < b:
+                parts.append(source(ids[:, a - start : b - start], dtype, frozen))
+        return torch.cat([c for c, _ in parts], dim=1), torch.cat([s for _, s in parts], dim=1)
+
+    def _chosen(
+        self,
+        source: RotarySource | TableSource,
+        ids: torch.Tensor,
+        dtype: torch.dtype,
+        columns: torch.Tensor,
+    ) -> CosSin:
+        """cos and sin of `columns` [B, C], whose position ids are `ids`."""
+        if not self.epochs:
+            return source(ids, dtype)
+        cos, sin = source(ids, dtype, self.epochs[0][1])
+        last = int(columns.max())
+        for first, frozen in self.epochs[1:]:
+            if first <= last:
+                later, (c, s) = (columns >= first)[..., None], source(ids, dtype, frozen)
+                cos, sin = torch.where(later, c, cos), torch.where(later, s, sin)
+        return cos, sin
 
     def end_pass(self) -> None:
         """Drop what the layers of one forward pass shared."""

@@ -147,7 +147,7 @@ class KVCache(Cache, SeamCache):
             )
         store, before = self.stores[layer_idx], self.stores[layer_idx].length
         if seam.call.positions is not None and self.positions.length == before and self._pre:
-            self.positions.append(seam.call.positions)
+            self.positions.append(seam.call.positions, seam.attachment.frequencies())
         if not seam.deferred:
             return self._update_dense(seam, store, key_states, value_states)
         if self._pre and seam.uses_rope and seam.call.source is None:
@@ -193,7 +193,9 @@ class KVCache(Cache, SeamCache):
             if not self._pre or call.source is None or not seam.uses_rope:
                 return k
             stop = 0 if start is None else start + k.shape[2]
-            return seam.turn(k, self.positions.cos_sin(call.source, dtype, start, stop, columns))
+            cos, sin = self.positions.cos_sin(call.source, dtype, start, stop, columns)
+            # Layers may lie on several devices; position ids lie on that of the first.
+            return seam.turn(k, (cos.to(k.device), sin.to(k.device)))
 
         return rotate
 

@@ -18,12 +18,13 @@ from kvsmith.store import LayerStore
 
 
 def unrotate(seam: Seam, k: torch.Tensor) -> torch.Tensor:
-    """Undo the rotation of new keys [B, H, T, D]; RoPE without a scale of its own is orthogonal."""
+    """Undo the rotation of new keys [B, H, T, D]: orthogonal up to the scale of cos and sin."""
     assert seam.call is not None
     if seam.call.rope is None:
         return k
     cos, sin = seam.call.rope
-    return seam.turn(k, (cos, -sin))
+    scale = cos.square() + sin.square()  # 1, but for YaRN and LongRoPE
+    return seam.turn(k, (cos / scale, -sin / scale))
 
 
 def one_of_each_group(x: torch.Tensor, heads: int) -> torch.Tensor:

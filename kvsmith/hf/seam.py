@@ -14,6 +14,7 @@ import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any, Protocol
 
 import torch
@@ -25,7 +26,16 @@ from kvsmith.attention import Scores
 from kvsmith.errors import explain
 from kvsmith.hf.geometry import geometry
 from kvsmith.hf.masks import LazyMask, TensorMask, make_mask
-from kvsmith.rope import CosSin, RotarySource, Rotate, TableSource, rotation_function
+from kvsmith.rope import (
+    CosSin,
+    Frequencies,
+    RotarySource,
+    Rotate,
+    TableSource,
+    changes_frequencies,
+    frequencies,
+    rotation_function,
+)
 
 NAME = "kvsmith"
 # Attribute of the new keys that carries the handle, also to layers that share them.
@@ -38,6 +48,10 @@ class SeamCache:
 
     def begin(self, seam: Seam) -> None:
         """Called before the attention module runs; `update` of that layer follows."""
+        raise AssertionError("a subclass answers")
+
+    def reset(self) -> None:
+        """Forget every token."""
         raise AssertionError("a subclass answers")
 
 
@@ -80,12 +94,18 @@ class Attachment:
         self.observer: Observer | None = None
         self.geometry = geometry(model.config)
         self._calls: dict[int, tuple[torch.Tensor, RotarySource, torch.Tensor]] = {}
+        self._changing: list[nn.Module] = []
         for module in model.modules():
             if type(module).__name__.endswith("RotaryEmbedding"):
                 module.register_forward_hook(self._after_rotary, with_kwargs=True)
+                self._changing += [module] if changes_frequencies(module) else []
         for module in _attention_modules(model):
             SEAMS[module] = Seam(self, module)
             module.register_forward_pre_hook(self._before_attention, with_kwargs=True)
+
+    def frequencies(self) -> Frequencies:
+        """What the rotary modules rotate with now, of those where that changes."""
+        return frequencies(self._changing)
 
     def _after_rotary(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         named = dict(kwargs)
@@ -108,9 +128,7 @@ class Attachment:
         seam, rope = SEAMS[module], kwargs.get("position_embeddings")
         call = Call(rope, None, None, kwargs.get("attention_mask"))
         if rope is not None:
-            for cos, source, positions in self._calls.values():
-                if _same_memory(cos, rope[0]):
-                    call.source, call.positions = source, positions
+            call.source, call.positions = self._origin(seam, rope[0])
             kwargs = {**kwargs, "position_embeddings": seam.offer(rope)}
         elif seam.table is not None:
             ids = kwargs["position_ids"]
@@ -120,6 +138,29 @@ class Attachment:
         if isinstance(cache, SeamCache):
             cache.begin(seam)
         return args, kwargs
+
+    def _origin(
+        self, seam: Seam, cos: torch.Tensor
+    ) -> tuple[RotarySource | None, torch.Tensor | None]:
+        """The rotary module's call that made `cos`, and its position ids.
+
+        Where layers lie on several devices a layer gets a copy, known by its values the first time
+        that they tell.
+        """
+        for made, source, positions in self._calls.values():
+            if _same_memory(made, cos):
+                return source, positions
+        if seam.origin is None:
+            same = [
+                key
+                for key, (made, *_) in self._calls.items()
+                if made.shape == cos.shape and torch.equal(made.to(cos.device), cos)
+            ]
+            if not same:
+                return None, None
+            seam.origin = same[0] if len(same) == 1 else None
+            return self._calls[same[0]][1:]
+        return self._calls[seam.origin][1:]
 
 
 def _same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -138,6 +179,7 @@ class Seam:
         self.rotate: Rotate | None = rotation_function(module)
         self.uses_rope: bool | None = None if self.table is None else True
         self.call: Call | None = None
+        self.origin: int | None = None  # of position embeddings that come as copies
 
     def offer(self, rope: CosSin) -> CosSin:
         """What the module gets as position embeddings: cos = 1 and sin = 0 where RoPE is deferred.
@@ -209,6 +251,24 @@ def attach(model: PreTrainedModel) -> None:
     ATTACHED[model] = attachment = Attachment(model)
     if attachment.deferred:
         model.set_attn_implementation(NAME)
+    if hasattr(model.config, "original_max_position_embeddings"):
+        _keep_cache(model)
+
+
+def _keep_cache(model: PreTrainedModel) -> None:
+    """Where a LongRoPE model drops its cache to read the text again with other frequencies (Phi-3
+    in `generate`, once, at the switch), it reads it again into the same cache.
+    """
+    model.prepare_inputs_for_generation = MethodType(_prepared, model)
+
+
+def _prepared(model: Any, input_ids: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
+    own = type(model).prepare_inputs_for_generation
+    inputs = own(model, input_ids, past_key_values=past_key_values, **kwargs)
+    if isinstance(past_key_values, SeamCache) and inputs.get("past_key_values") is None:
+        past_key_values.reset()
+        inputs["past_key_values"] = past_key_values
+    return inputs
 
 
 def _attention(
