@@ -6,7 +6,7 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
 STAMP := .venv/setup.stamp
 START := $(shell date +%s)
 
-.PHONY: setup demo test check bench fuzz lint models
+.PHONY: setup demo test check bench faults fuzz lint models
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -45,6 +45,10 @@ FIRST ?= 0
 COUNT ?= 1000000
 fuzz: setup
 	OMP_NUM_THREADS=1 $(PY) -m tests.fuzz --first $(FIRST) --count $(COUNT) $(if $(SEED),--seed $(SEED))
+
+# Kills calibration and export at 200 places; `make test` does it at 20.
+faults: setup
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests/faults --kills 200 -s
 
 bench: setup
 	$(PY) -m kvsmith.pipeline.fit.bench

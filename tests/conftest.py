@@ -37,6 +37,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--models-page", action="store_true", help="write docs/MODELS.md from the measured rows"
     )
+    parser.addoption("--kills", type=int, default=20, help="runs that tests/faults kills")
 
 
 @pytest.fixture(autouse=True)
