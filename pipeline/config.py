@@ -34,7 +34,7 @@ from kvsmith.strict import from_dict, to_dict
 T = TypeVar("T")
 
 USER_ERRORS = (ValueError, TypeError, OSError)
-NOT_IDENTITY = ("device", "workers", "logger")
+NOT_IDENTITY = ("device", "device_map", "workers", "logger")
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from kvsmith.pipeline.evaluation.find import shown
 from kvsmith.pipeline.evaluation.footprint import nbytes
 from kvsmith.pipeline.evaluation.greedy import agreement, generate
 from kvsmith.pipeline.log import Run
-from kvsmith.pipeline.model import load_model
+from kvsmith.pipeline.model import input_device, load_model
 
 CODECS = ("nuq4_o1", "nuq3_o1", "nuq2_o1")
 SPOKEN = "nuq3_o1"  # the one that text is generated with
@@ -103,7 +103,7 @@ def _speak(demo: Demo, config: EvaluateConfig, bundle: Path, log: Run) -> None:
     windows = token_blocks(
         tokenizer, config.data, "heldout", demo.prompt + 1, demo.prompt_tokens, seed=None
     )
-    prompt = windows[demo.prompt :].to(model.device)
+    prompt = windows[demo.prompt :].to(input_device(model))
     caches = [DynamicCache(config=model.config), kvsmith.load(bundle).cache(model)]
     texts = [generate(model, partial(_same, c), prompt, demo.new_tokens, 1) for c in caches]
     log.say(f"\nprompt, from held-out text:\n{_quoted(tokenizer.decode(prompt[0]))}")

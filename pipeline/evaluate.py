@@ -39,7 +39,7 @@ from kvsmith.pipeline.evaluation.options import (
 )
 from kvsmith.pipeline.evaluation.recall import plant, words_of
 from kvsmith.pipeline.log import LoggerConfig, NoLogger, Run
-from kvsmith.pipeline.model import ModelConfig, load_model
+from kvsmith.pipeline.model import ModelConfig, input_device, load_model
 from kvsmith.pipeline.report import table
 from kvsmith.pipeline.report.table import Row
 from kvsmith.pipeline.stage import atomic_write, write_json
@@ -121,7 +121,7 @@ def run(cfg: EvaluateConfig, folder: Path) -> list[Row]:
         model, tokenizer = load_model(cfg.model)
         candidates = [FULL, *gather(cfg, model)]
         size = sizes(cfg.measure, int(model.config.get_text_config().max_position_embeddings))
-        material = read_material(cfg, size, tokenizer, model.device)
+        material = read_material(cfg, size, tokenizer, input_device(model))
         measure = Measuring(model, material, cfg.measure, size, output_path(cfg.results), log)
         rows = table.ordered(candidates, measure(candidates))
         report(cfg, rows, size, model, folder, log)
@@ -203,7 +203,7 @@ def protocol(
         f"Perplexity and KLD: {f.windows} windows of {size.length} tokens without overlap (seed "
         f"{o.seed}); {size.prefill} tokens read in one pass, then chunks of {o.windows.chunk} "
         f"through the cache; {f.tokens:,} tokens scored, all after the prefill. "
-        f"{dtype} on {model.device.type}.",
+        f"{dtype} on {input_device(model).type}.",
         f"Greedy: {a.prompts} prompts of {o.greedy.prompt_tokens} tokens, {a.new_tokens} new ones. "
         f"Recall: {r.keys} random strings ({o.recall.texts} texts of {size.text} tokens x "
         f"{len(o.recall.depths)} depths), {o.recall.cue_tokens} tokens given, {r.tokens} to copy.",

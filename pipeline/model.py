@@ -8,25 +8,27 @@ the shipped tiny model is stored in bfloat16.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
+from huggingface_hub.utils import logging as hub_logging
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import is_flash_attn_2_available
 from transformers.utils import logging as transformers_logging
 
 from kvsmith.errors import explain
-from kvsmith.pipeline.config import input_path
+from kvsmith.pipeline.model_source import LOADING, PACKAGES, find_source, need_packages, refusal
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json")
@@ -42,16 +44,29 @@ class ModelConfig:
         name: word for tables and bundle folders; None is the last part of `path`.
         dtype: what to compute in; `auto` is float32 on a CPU and bfloat16 on a GPU.
         device: `auto` is CUDA where there is one.
-        revision: branch, tag or commit of a hub model.
-        attn_implementation: as transformers' `from_pretrained`; None is its default.
+        device_map: spread over all devices by accelerate; None loads to `device`.
+        attn_implementation: None is transformers' default for the model.
+        weight_bits: 8 or 4 rounds the weights as they are loaded (bitsandbytes); None takes them
+            as stored, also those of GPTQ and other quantized checkpoints.
+        revision: branch, tag or commit of a hub model; None is its main branch.
+        trust_remote_code: run code that comes with the model.
     """
 
     path: str
     name: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | None = None
+    attn_implementation: Literal["sdpa", "flash_attention_2", "eager"] | None = None
+    weight_bits: Literal[8, 4] | None = None
     revision: str | None = None
-    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        if self.device_map is not None and self.device != "auto":
+            remedy = "Set model.device_map=null to load to one device."
+            expected = "auto with model.device_map"
+            raise ValueError(explain("model.device", "value", expected, repr(self.device), remedy))
 
     @property
     def label(self) -> str:
@@ -66,53 +81,46 @@ def load_model(cfg: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
         cfg: see `ModelConfig`.
 
     Returns:
-        The model in evaluation mode on `model_device(cfg)`, and the tokenizer.
+        The model in evaluation mode, on `model_device(cfg)` or as `cfg.device_map` spreads it, and
+        the tokenizer.
 
     Raises:
         FileNotFoundError: no such folder, or a file is missing in it.
-        ValueError: a damaged file, a GPU that is not there, or something that transformers refuses.
+        ValueError: a damaged file, a device or package that is not there, or something that
+            transformers refuses.
     """
-    no_bars()
+    quiet()
     device = model_device(cfg)
-    source = _source(cfg)
-    dtype = _dtype(cfg, device)
+    source = find_source(cfg.path)
+    options = _loading(cfg, load_config(cfg), device)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            source,
-            revision=cfg.revision or "main",
-            dtype=dtype,
-            attn_implementation=cfg.attn_implementation,
-            use_safetensors=True,
-            trust_remote_code=False,
-        )
-    except (OSError, ValueError, SafetensorError, KeyError) as error:
-        raise ValueError(
-            explain("model.path", "model", "loadable", f"{cfg.path!r}: {_first(error)}")
-        ) from error
+        model = _from_pretrained(AutoModelForCausalLM, cfg, source, **options)
+    except LOADING as error:
+        raise refusal(cfg.path, "model", error, cfg.revision) from error
     tokenizer = _tokenizer(cfg, source)
-    return model.to(device).eval(), tokenizer
+    if "device_map" not in options:
+        model = model.to(device)
+    return model.eval(), tokenizer
 
 
-def no_bars() -> None:
-    """Switch off transformers' own progress bars: what a run tells goes through `log.py`."""
+def quiet() -> None:
+    """No bars and retries of other libraries: what a run tells goes through `log.py`."""
     transformers_logging.disable_progress_bar()
+    hub_logging.set_verbosity_error()
 
 
 def load_tokenizer(cfg: ModelConfig) -> PreTrainedTokenizerBase:
     """Load the tokenizer alone; raises as `load_model`."""
-    return _tokenizer(cfg, _source(cfg, weights=False))
+    return _tokenizer(cfg, find_source(cfg.path, weights=False))
 
 
 def load_config(cfg: ModelConfig) -> PreTrainedConfig:
     """Load the configuration alone; raises as `load_model`."""
-    source = _source(cfg, weights=False)
+    source = find_source(cfg.path, weights=False)
     try:
-        return AutoConfig.from_pretrained(
-            source, revision=cfg.revision or "main", trust_remote_code=False
-        )
-    except (OSError, ValueError, KeyError) as error:
-        message = f"{cfg.path!r}: {_first(error)}"
-        raise ValueError(explain("model.path", "configuration", "loadable", message)) from error
+        return _from_pretrained(AutoConfig, cfg, source)
+    except LOADING as error:
+        raise refusal(cfg.path, "configuration", error, cfg.revision) from error
 
 
 def model_device(cfg: ModelConfig) -> torch.device:
@@ -123,16 +131,80 @@ def model_device(cfg: ModelConfig) -> torch.device:
     """
     found = torch.cuda.is_available()
     if cfg.device == "cuda" and not found:
-        raise ValueError(
-            explain(
-                "model.device",
-                "value",
-                "a device of this machine",
-                "'cuda'",
-                "Use model.device=cpu.",
-            )
-        )
+        remedy = "Use model.device=cpu."
+        expected = "a device of this machine"
+        raise ValueError(explain("model.device", "value", expected, "'cuda'", remedy))
     return torch.device("cuda" if cfg.device != "cpu" and found else "cpu")
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Where token ids go: the device of the embedding, also where accelerate keeps its weights
+    elsewhere.
+    """
+    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    device = getattr(getattr(embedding, "_hf_hook", None), "execution_device", None)
+    return embedding.weight.device if device is None else torch.device(device)
+
+
+def _loading(cfg: ModelConfig, config: PreTrainedConfig, device: torch.device) -> dict[str, Any]:
+    """Options of `from_pretrained` beside where the model comes from.
+
+    Raises:
+        ValueError: a package is missing, or options contradict each other.
+    """
+    dtype = _dtype(cfg, device)
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "attn_implementation": cfg.attn_implementation,
+        "use_safetensors": True,
+    }
+    if cfg.attn_implementation == "flash_attention_2" and not is_flash_attn_2_available():
+        remedy = "Run `pip install flash-attn`, or set model.attn_implementation=sdpa."
+        expected = "installed, with a GPU, for flash_attention_2"
+        where = "model.attn_implementation"
+        raise ValueError(explain(where, "package flash-attn", expected, "nothing", remedy))
+    stored = _quantized(config)
+    if cfg.weight_bits is not None:
+        if stored is not None:
+            expected = f"null for weights that are {stored} already"
+            raise ValueError(explain("model.weight_bits", "value", expected, cfg.weight_bits))
+        need_packages(
+            "model.weight_bits",
+            ("bitsandbytes", "accelerate"),
+            f"{cfg.weight_bits}-bit weights",
+            "set model.weight_bits=null",
+        )
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_8bit=cfg.weight_bits == 8,
+            load_in_4bit=cfg.weight_bits == 4,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=dtype,
+        )
+    elif stored is not None:
+        need_packages("model.path", PACKAGES.get(stored, ()), f"its {stored} weights")
+    if cfg.device_map is not None:
+        need_packages("model.device_map", ("accelerate",), "it", "set model.device_map=null")
+        options["device_map"] = cfg.device_map
+    elif cfg.weight_bits is not None or stored is not None:
+        options["device_map"] = {"": device}  # quantized weights cannot be moved later
+    return options
+
+
+def _quantized(config: PreTrainedConfig) -> str | None:
+    """How a checkpoint says that its weights are quantized."""
+    found = getattr(config, "quantization_config", None)
+    method = found.get("quant_method") if isinstance(found, dict) else None
+    return None if found is None else str(method)
+
+
+def _from_pretrained(loader: Any, cfg: ModelConfig, source: str, **options: Any) -> Any:
+    """The one way to transformers' loaders, so that remote code is decided in one place."""
+    return loader.from_pretrained(
+        source,
+        revision=cfg.revision or "main",
+        trust_remote_code=cfg.trust_remote_code,
+        **options,
+    )
 
 
 def _dtype(cfg: ModelConfig, device: torch.device) -> torch.dtype:
@@ -141,68 +213,13 @@ def _dtype(cfg: ModelConfig, device: torch.device) -> torch.dtype:
     return DTYPES[cfg.dtype]
 
 
-def _source(cfg: ModelConfig, weights: bool = True) -> str:
-    """A checked local folder, or the hub name."""
-    folder = input_path(cfg.path)
-    if folder.is_dir():
-        if weights:
-            _check_weights(folder)
-        return str(folder)
-    owner, _, name = cfg.path.partition("/")
-    if not name or "/" in name or not owner.strip("."):
-        remedy = "Give a folder with config.json and model.safetensors, or a hub name owner/name."
-        raise FileNotFoundError(
-            explain(
-                "model.path", "value", "an existing folder or a hub name", repr(cfg.path), remedy
-            )
-        )
-    return cfg.path
-
-
-def _check_weights(folder: Path) -> None:
-    """Refuse a folder whose safetensors are missing or cut short, by the name of the file."""
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(explain(str(folder), "config.json", "present", "nothing"))
-    index = folder / "model.safetensors.index.json"
-    names = {"model.safetensors"}
-    if index.is_file():
-        try:
-            names = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                explain(str(index), "file", "an index of shards", _first(error))
-            ) from error
-    for name in sorted(names):
-        path = folder / name
-        if not path.is_file():
-            raise FileNotFoundError(explain(str(path), "weights", "present", "nothing"))
-        try:
-            with safe_open(path, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            remedy = "Copy or download the file again."
-            raise ValueError(
-                explain(str(path), "file", "whole safetensors", f"({_first(error)})", remedy)
-            ) from error
-
-
 def _tokenizer(cfg: ModelConfig, source: str) -> PreTrainedTokenizerBase:
     folder = Path(source)
     if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise FileNotFoundError(explain(source, "tokenizer", "present (tokenizer.json)", "nothing"))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            source, revision=cfg.revision or "main", trust_remote_code=False
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            explain("model.path", "tokenizer", "loadable", f"{cfg.path!r}: {_first(error)}")
-        ) from error
+        tokenizer = _from_pretrained(AutoTokenizer, cfg, source)
+    except LOADING as error:
+        raise refusal(cfg.path, "tokenizer", error, cfg.revision) from error
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     return tokenizer
-
-
-def _first(error: Exception) -> str:
-    """The first line of another library's message."""
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from kvsmith.errors import explain
 from kvsmith.hf import geometry, observe_kv
+from kvsmith.pipeline.model import input_device
 from kvsmith.pipeline.statistics.plan import TensorName
 
 Consumer = Callable[[int, TensorName, Tensor, Tensor | None], None]
@@ -79,10 +80,11 @@ class Taps:
             ValueError: an activation, a gradient or the loss is not finite; names layer and tensor.
         """
         self._seen.clear()
-        tokens = tokens.to(self.model.device)
+        tokens = tokens.to(input_device(self.model))
         with torch.set_grad_enabled(self.fisher), observe_kv(self.model, self._observe):
             logits = self.model(input_ids=tokens, use_cache=False).logits
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
+            targets = tokens[:, 1:].flatten().to(logits.device)
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets)
             if not loss.isfinite():
                 raise _not_finite("model", "loss", loss)
             if self.fisher:

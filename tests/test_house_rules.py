@@ -18,6 +18,9 @@ MAX_BYTES = 10 * 2**20
 FORBIDDEN_CALLS = {"print", "eval", "exec", "compile", "breakpoint"}
 FORBIDDEN_MODULES = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 FORBIDDEN_FUNCTIONS = {"torch.load", "torch.save"}
+# Remote code is off, or what the configuration says, which is passed on in one place.
+CONFIGURED = "cfg.trust_remote_code"
+TRUSTED = ("False", "None", CONFIGURED)
 MACHINE_PATH = re.compile(r"(?<![\w.~$}>-])/(?:work|root|home|Users|opt|mnt|srv|scratch)/\w")
 
 
@@ -44,9 +47,7 @@ def _forbidden(node: ast.AST) -> list[str]:
     else:
         found = [".cuda()"] if getattr(node.func, "attr", "") == "cuda" else []
     trusting = [k for k in node.keywords if k.arg == "trust_remote_code"]
-    return found + [
-        "trust_remote_code" for k in trusting if ast.unparse(k.value) not in ("False", "None")
-    ]
+    return found + ["trust_remote_code" for k in trusting if ast.unparse(k.value) not in TRUSTED]
 
 
 def tracked() -> list[Path]:
@@ -83,6 +84,13 @@ def test_packages_call_nothing_forbidden() -> None:
     files = [p for p in python_files() if p.relative_to(ROOT).parts[0] in PACKAGES]
     broken = [f"{p.relative_to(ROOT)}:{what}" for p in files for what in forbidden(p.read_text())]
     assert not broken, "\n".join(broken)
+
+
+def test_remote_code_is_decided_in_one_place() -> None:
+    places = [p for p in python_files() if f"trust_remote_code={CONFIGURED}" in p.read_text()]
+    assert [p.relative_to(ROOT).as_posix() for p in places] == ["pipeline/model.py"]
+    assert places[0].read_text().count(CONFIGURED) == 1
+    assert "trust_remote_code: bool = False\n" in places[0].read_text()
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from transformers import DynamicCache, PreTrainedModel
 from kvsmith.errors import explain
 from kvsmith.pipeline.calibration.record import RECORD, Record
 from kvsmith.pipeline.log import Run
+from kvsmith.pipeline.model import input_device
 from kvsmith.pipeline.stage import Stage, read_safetensors, run_stage, write_safetensors
 
 AMAX = "amax.safetensors"
@@ -75,7 +76,7 @@ def collect_amax(
 
     def one(batch: Tensor) -> None:
         cache = AmaxCache(amax, model.config)
-        decoder(input_ids=batch.to(model.device), past_key_values=cache, use_cache=True)
+        decoder(input_ids=batch.to(input_device(model)), past_key_values=cache, use_cache=True)
 
     if log is None:
         for batch in batches:

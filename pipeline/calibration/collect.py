@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from kvsmith.errors import explain
 from kvsmith.pipeline.calibration.record import RECORD, Record, Source, layer_file
 from kvsmith.pipeline.log import Run
+from kvsmith.pipeline.model import input_device
 from kvsmith.pipeline.stage import (
     Stop,
     digest,
@@ -76,10 +77,12 @@ class Collect:
             SystemExit: 143 after SIGTERM, with a checkpoint written.
             ValueError: an activation or gradient is not finite.
         """
-        progress = self._restore()
+        progress, device = self._restore(), input_device(self.model)
         batches = self.tokens.split(self.source.batch_size)
 
         def consume(layer: int, name: TensorName, values: Tensor, fisher: Tensor | None) -> None:
+            # A model may lie on several devices; the statistics lie on one.
+            values, fisher = values.to(device), None if fisher is None else fisher.to(device)
             progress.layers[layer].update(name, values, fisher)
 
         taps = Taps(self.model, consume, self.source.sinks, self.source.plan.fisher)
@@ -132,7 +135,7 @@ class Collect:
 
     def _restore(self) -> Progress:
         base, plan = self.source.base_model, self.source.plan
-        device = self.model.device
+        device = input_device(self.model)
         layers = {i: LayerStatistics(plan, base.layers[i], device) for i in base.geometry.owners}
         found = self._checkpoint / "checkpoint.json"
         if not found.is_file():

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvsmith.bundle import BaseModel, Calibration, base_model
@@ -102,13 +105,29 @@ def weights_hash(model: PreTrainedModel) -> str:
     float32 weights loaded in float16, which rounds otherwise.
     """
     state = hashlib.sha256()
-    for name, weight in sorted(model.named_parameters()):
+    for name, weight in _weights(model):
         flat = weight.detach().flatten()
         some = flat[:: max(1, flat.numel() // SAMPLED)].bfloat16().float().cpu()
         some = some.masked_fill(some.abs() < SMALLEST, 0.0).contiguous()
         state.update(f"{name} {list(weight.shape)}\n".encode())
         state.update(some.numpy().astype("<f4").tobytes())
     return state.hexdigest()
+
+
+def _weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """Weights by name, each once; one that accelerate keeps on the host or on disk is fetched."""
+    tied = getattr(model, "all_tied_weights_keys", {})
+    for name, weight in sorted(model.named_parameters()):
+        if weight.is_meta and name in tied:
+            continue  # in memory the two are one
+        if weight.is_meta:
+            from accelerate.utils import align_module_device
+
+            module = model.get_submodule(name.rpartition(".")[0])
+            with align_module_device(module, torch.device("cpu")):
+                yield name, model.get_parameter(name)
+        else:
+            yield name, weight
 
 
 def read_record(folder: Path) -> Record:

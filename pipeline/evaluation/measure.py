@@ -31,6 +31,7 @@ from kvsmith.pipeline.evaluation.greedy import Agreement, agreement, generate
 from kvsmith.pipeline.evaluation.options import Options, Sizes
 from kvsmith.pipeline.evaluation.recall import Planted, Recall, recall
 from kvsmith.pipeline.log import Run
+from kvsmith.pipeline.model import input_device
 from kvsmith.pipeline.stage import digest, read_json, write_json
 from kvsmith.spec import CacheSpec
 from kvsmith.strict import from_dict, to_dict
@@ -151,7 +152,7 @@ class Measuring:
             {
                 "version": VERSION,
                 "model": model_identity(model),
-                "device": str(model.device),
+                "device": str(input_device(model)),
                 "material": material.identity(),
                 "options": to_dict(options),
                 "sizes": to_dict(sizes),

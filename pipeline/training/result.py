@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerF
 
 from kvsmith.errors import explain
 from kvsmith.pipeline.log import peak_memory
-from kvsmith.pipeline.model import ModelConfig, load_model, no_bars
+from kvsmith.pipeline.model import ModelConfig, load_model, quiet
 from kvsmith.pipeline.training.card import model_card
 from kvsmith.pipeline.training.heldout import heldout_loss
 
@@ -72,7 +72,7 @@ def write_result(
         record: facts of the training; completed here and written as `training.json`.
         log: file that becomes `training_log.jsonl`.
     """
-    no_bars()
+    quiet()
     temporary = output.with_name(f".{output.name}.{os.getpid()}")
     temporary.mkdir(parents=True)
     net.to(torch.bfloat16).save_pretrained(temporary)

@@ -65,7 +65,12 @@ def test_overrides_reach_the_dataclasses() -> None:
     [
         ("modle=tiny", "key must be one of the configuration's, got 'modle'. Did you mean model"),
         ("model.pth=x", "got 'model.pth'. Did you mean model.path"),
-        ("model=tny", "model: value must be one of small, tiny, got 'tny'. Did you mean tiny?"),
+        (
+            "model=tny",
+            "value must be one of falcon-7b, .*, tiny, got 'tny'. Did you mean tiny?",
+        ),
+        ("model.weight_bits=3", "model.weight_bits: value must be one of 8, 4, got 3"),
+        ("model.attn_implementation=x/y", "model.attn_implementation: value must be one of sdpa"),
         ("model.dtype=float3", "model.dtype: value must be one of auto, float32, .*Did you mean"),
         ("+modle=1", "conf/train.yaml: key must be one of .* got 'modle'. Did you mean model?"),
         ("overwrite=3", r"overwrite: value must be of type bool, got 3 \(int\)"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from collections.abc import Callable
@@ -10,9 +11,21 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from transformers import AutoConfig, dynamic_module_utils
 
+from kvsmith.pipeline import model as model_module
+from kvsmith.pipeline import model_source
 from kvsmith.pipeline.config import repository_root
-from kvsmith.pipeline.model import ModelConfig, load_model, load_tokenizer, model_device
+from kvsmith.pipeline.model import (
+    ModelConfig,
+    input_device,
+    load_config,
+    load_model,
+    load_tokenizer,
+    model_device,
+)
 from kvsmith.pipeline.training.tokenizer import train_tokenizer
 
 
@@ -43,8 +56,6 @@ def test_auto_computes_in_float32_on_a_cpu(saved: Path) -> None:
 def test_options_reach_transformers(saved: Path) -> None:
     model, _ = load_model(_cfg(saved, attn_implementation="eager"))
     assert model.config._attn_implementation == "eager"
-    with pytest.raises(ValueError, match="model.path: model must be loadable"):
-        load_model(_cfg(saved, attn_implementation="nonsense"))
 
 
 def test_relative_paths_start_here_or_at_the_repository(
@@ -63,9 +74,32 @@ def test_a_missing_folder(path: str) -> None:
 
 
 def test_a_hub_name_without_a_network() -> None:
-    with pytest.raises(ValueError, match="'nobody/nothing'") as error:
+    with pytest.raises(ValueError, match="'nobody/nothing'.*hf download nobody/nothing") as error:
         load_model(ModelConfig(path="nobody/nothing", device="cpu"))
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and "HF_TOKEN" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "remedy"),
+    [
+        (GatedRepoError, r"Accept its terms at https://huggingface\.co/a/b, then set HF_TOKEN"),
+        (RepositoryNotFoundError, "Check the name; a private model needs HF_TOKEN"),
+        (RevisionNotFoundError, "Check model.revision=v9"),
+        (ConnectionError, "hf download a/b --revision v9"),
+    ],
+)
+def test_what_the_hub_refuses_says_what_to_do(
+    kind: Any, remedy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        # The hub's errors hold a response that is not needed here.
+        cause = kind.__new__(kind)
+        raise OSError("You cannot have it.\nMore lines.") from cause
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", refuse)
+    with pytest.raises(ValueError, match=remedy) as error:
+        load_model(ModelConfig(path="a/b", device="cpu", revision="v9"))
+    assert "\n" not in str(error.value) and "got 'a/b': You cannot have it. " in str(error.value)
 
 
 def test_a_truncated_shard_is_named(folder: Path) -> None:
@@ -103,7 +137,7 @@ def test_a_missing_tokenizer(folder: Path) -> None:
 
 def test_a_broken_configuration(folder: Path) -> None:
     (folder / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="model.path: model must be loadable") as error:
+    with pytest.raises(ValueError, match="model.path: configuration must be loadable") as error:
         load_model(_cfg(folder))
     assert "\n" not in str(error.value)
 
@@ -113,8 +147,74 @@ def test_remote_code_stays_off(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     config |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.C"}}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="model.path: model must be loadable"):
+    with pytest.raises(ValueError, match=r"loadable.*set model\.trust_remote_code=true"):
         load_model(_cfg(folder))
+
+
+def test_code_that_is_trusted_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(folder.parent / "modules"))
+    (folder / "own.py").write_text(
+        "from transformers import LlamaConfig\nclass C(LlamaConfig):\n    model_type = 'own'\n"
+    )
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.C"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert load_config(_cfg(folder, trust_remote_code=True)).model_type == "own"
+
+
+def test_a_map_of_devices_gives_the_same_logits(saved: Path) -> None:
+    ids = torch.arange(20)[None]
+    plain = load_model(_cfg(saved))[0]
+    spread = load_model(ModelConfig(path=str(saved), device_map="auto", dtype="float32"))[0]
+    assert input_device(spread) == input_device(plain) or torch.cuda.is_available()
+    with torch.no_grad():
+        found = spread(ids.to(input_device(spread))).logits.cpu()
+        torch.testing.assert_close(found, plain(ids).logits)
+    with pytest.raises(ValueError, match=r"device: value must be auto with model\.device_map"):
+        _cfg(saved, device_map="auto")
+
+
+def _without(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    def find(name: str) -> object:
+        return None if name in names else importlib.util.find_spec(name)
+
+    monkeypatch.setattr(model_source, "find_spec", find)
+
+
+def test_a_package_that_is_missing_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _without(monkeypatch, "bitsandbytes", "accelerate", "gptqmodel")
+    with pytest.raises(ValueError, match=r"pip install bitsandbytes accelerate`, or set model\.we"):
+        load_model(_cfg(folder, weight_bits=4))
+    with pytest.raises(ValueError, match=r"model\.device_map: .*pip install accelerate"):
+        load_model(ModelConfig(path=str(folder), device_map="balanced"))
+    monkeypatch.setattr(model_module, "is_flash_attn_2_available", lambda: False)
+    with pytest.raises(ValueError, match=r"flash-attn`, or set model\.attn_implementation=sdpa"):
+        load_model(_cfg(folder, attn_implementation="flash_attention_2"))
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"gptqmodel.* installed for its gptq weights"):
+        load_model(_cfg(folder))
+    with pytest.raises(ValueError, match=r"weight_bits: .* null for weights that are gptq already"):
+        load_model(_cfg(folder, weight_bits=8))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_weights_in_few_bits(bits: Any, tiny_model_dir: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    plain = load_model(_cfg(tiny_model_dir))[0]
+    model = load_model(_cfg(tiny_model_dir, weight_bits=bits))[0]
+    assert model.get_memory_footprint() < plain.get_memory_footprint() * (0.6 if bits == 8 else 0.5)
+    ids = torch.arange(60, 124)[None]
+    with torch.no_grad():
+        logp = [m(ids).logits[0].log_softmax(-1) for m in (model, plain)]
+        gap = F.kl_div(*logp, log_target=True, reduction="batchmean")
+    assert 0 < gap < 0.1
+
+
+def test_nothing_but_results_is_said(saved: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    load_model(_cfg(saved))
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
