@@ -9,7 +9,8 @@ that need no calibration work without one: `kvsmith.make_cache(model, spec)`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kvsmith.bundle import Bundle, BundleError, load
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     import torch
 
     from kvsmith.hf import KVCache
+    from kvsmith.planner import Plan
 
 __all__ = [
     "Bundle",
@@ -29,6 +31,7 @@ __all__ = [
     "__version__",
     "load",
     "make_cache",
+    "plan",
 ]
 
 
@@ -51,3 +54,48 @@ def make_cache(
     from kvsmith.hf import make_cache as make
 
     return make(model, spec, parameters)
+
+
+def plan(
+    model: Any,
+    device: str,
+    context: int | str,
+    codecs: Sequence[str] | Mapping[str, CacheSpec] | None = None,
+    *,
+    batch: int = 1,
+    factor: int = 1,
+) -> Plan:
+    """What fits on a device, and what a decoding step costs there at least; see `kvsmith.planner`.
+
+    Args:
+        model: a shape such as "llama3-8b" (`kvsmith.hf.shapes`), a folder, a hub name, a
+            configuration or a model. Weights are not loaded.
+        device: for example "h200"; `kvsmith.devices`.
+        context: tokens of a row, as a number or written like "200k" or "1M".
+        codecs: presets of `conf/codec` by name, or caches by names of your own; None is every
+            preset.
+        batch: rows.
+        factor: layers that share one owner's tokens (cross-layer attention); 1 as the model is.
+
+    Returns:
+        The plan; `plan[codec]` is one cache of it. A context beyond the model's positions is a
+        warning, and a note in the plan.
+
+    Raises:
+        FileNotFoundError, ValueError: an unknown model, device or preset; lists the known.
+    """
+    from kvsmith.devices import device_by_name
+    from kvsmith.hf.shapes import find_config, model_facts
+    from kvsmith.planner import Load, make_plan
+    from kvsmith.units import parse_count
+
+    where, load = device_by_name(device), Load(parse_count(context, "context"), batch)
+    facts = model_facts(*find_config(model))
+    if not isinstance(codecs, Mapping):
+        from kvsmith.pipeline.codecs import presets
+
+        codecs = presets(codecs)
+    made = make_plan(facts, where, load, codecs, factor)
+    if beyond := [note for note in made.notes if "positions" in note]:
+        warnings.warn(beyond[0], stacklevel=2)
+    return made

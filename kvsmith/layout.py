@@ -6,7 +6,9 @@ agree to the byte.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 
 import torch
@@ -217,6 +219,7 @@ class PageLayout:
     nbytes: int
 
 
+@cache
 def page_layout(
     codec: CodecSpec, layer: LayerGeometry, tokens: int, dense: torch.dtype
 ) -> PageLayout:
@@ -257,6 +260,23 @@ def encoded_tokens(codec: CodecSpec, tokens: int) -> int:
     return max(0, tokens - codec.sinks - codec.recent) // codec.block_size * codec.block_size
 
 
+def held_pages(codec: CodecSpec, page: int, tokens: int, window: int | None) -> int:
+    """Pages that a layer holds once `tokens` have been appended in one step.
+
+    Args:
+        codec: the codec.
+        page: tokens of a page.
+        tokens: tokens appended.
+        window: tokens a query can see back, None for all. Pages that no query can see are freed,
+            but for one; where tokens come one by one, that happens a token later.
+    """
+    pages = -(-encoded_tokens(codec, tokens) // page)
+    if window is None:
+        return pages
+    passed = (tokens - window - codec.sinks) // page - 1
+    return pages - min(max(passed, 0), pages)
+
+
 def cache_bytes(
     spec: CacheSpec,
     geometry: ModelGeometry,
@@ -265,7 +285,7 @@ def cache_bytes(
     dense: torch.dtype,
     position_rows: int = 1,
 ) -> CacheBytes:
-    """Bytes that a cache of `tokens` tokens allocates, without a sliding window.
+    """Bytes that a cache holds once `tokens` tokens have been appended to each row.
 
     Args:
         spec: the cache.
@@ -277,17 +297,20 @@ def cache_bytes(
             where all batch rows share their positions, else B.
 
     Returns:
-        CacheBytes; equal to the allocated bytes of the runtime's cache.
+        CacheBytes; equal to the allocated bytes of the runtime's cache (see `held_pages` for layers
+        with a sliding window).
     """
     codec, page = spec.codec, spec.page_size
-    pages = -(-encoded_tokens(codec, tokens) // page)
     dense_tokens = codec.sinks + codec.recent + codec.block_size
-    layers = [geometry.layers[i] for i in geometry.owners]
-    body = sum(batch * pages * page_layout(codec, g, page, dense).nbytes for g in layers)
-    windows = sum(batch * dense_tokens * g.elements * dense.itemsize for g in layers)
+    layers = Counter(geometry.layers[i] for i in geometry.owners)
+    body = batch * sum(
+        n * held_pages(codec, page, tokens, g.window) * page_layout(codec, g, page, dense).nbytes
+        for g, n in layers.items()
+    )
+    windows = batch * dense_tokens * geometry.elements * dense.itemsize
     parameters = sum(
-        table_bytes(part, g.kv_heads, dim)
-        for g in layers
+        n * table_bytes(part, g.kv_heads, dim)
+        for g, n in layers.items()
         for part, dim in ((codec.k, g.k_dim), (codec.v, g.v_dim))
     )
     positions = position_rows * -(-tokens // page) * page * torch.int32.itemsize

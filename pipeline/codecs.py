@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
 from functools import cache
 
 from kvsmith.errors import explain
 from kvsmith.pipeline.config import compose, conf_folder
 from kvsmith.pipeline.stage import digest
-from kvsmith.spec import CodecSpec
+from kvsmith.spec import CacheSpec, CodecSpec
 from kvsmith.strict import from_dict
 
 
@@ -33,6 +34,12 @@ def load_codec(name: str, where: str = "codec") -> CodecSpec:
         remedy = f"Did you mean {' or '.join(close)}?" if close else ""
         raise ValueError(explain(where, "codec", f"one of {', '.join(names)}", repr(name), remedy))
     return from_dict(CodecSpec, compose(f"codec/{name}")["codec"], where)
+
+
+def presets(names: Iterable[str] | None = None) -> dict[str, CacheSpec]:
+    """Caches of `conf/codec/` by name; None is all of them."""
+    known = _known() if names is None else {n: load_codec(n, "codecs") for n in names}
+    return {name: CacheSpec(codec) for name, codec in known.items()}
 
 
 def codec_name(codec: CodecSpec) -> str:

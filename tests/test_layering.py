@@ -16,7 +16,7 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = ("calibrate", "train", "export", "evaluate")
+SCRIPTS = ("calibrate", "train", "export", "evaluate", "plan")
 TRITON_FILES = r"kernels/\w+/triton\.py|kernels/(bench|aot)\w*\.py"
 
 # Layer -> what it may import of this project.
@@ -99,7 +99,10 @@ def _broken(path: str, layer: str, found: Import) -> Iterator[str]:
         yield "must not be imported by an oracle"
     if layer == "tests":
         return
-    if top in SCRIPTS or (top == "kvsmith" and not re.fullmatch(MAY_IMPORT[layer], found.name)):
+    # `kvsmith.plan` and its like are doors to the factory, opened when they are called.
+    door = path == "kvsmith/__init__.py" and found.lazy
+    allowed = MAY_IMPORT["pipeline" if door else layer]
+    if top in SCRIPTS or (top == "kvsmith" and not re.fullmatch(allowed, found.name)):
         yield f"must not be imported by {layer}"
     if not re.fullmatch(ONLY_IN.get(top, ".*"), path):
         yield f"must be imported only in {ONLY_IN[top]}"
@@ -151,6 +154,8 @@ def test_the_tree_is_layered() -> None:
         ("kvsmith/cache.py", "from kvsmith.pipeline import data"),
         ("kvsmith/cache.py", "class A:\n    import kvsmith.pipeline.data"),
         ("kvsmith/cache.py", "from kvsmith import pipeline"),
+        ("kvsmith/cache.py", "def f():\n    from kvsmith.pipeline import data"),
+        ("kvsmith/__init__.py", "from kvsmith.pipeline import data"),
         ("kvsmith/cache.py", "import transformers"),
         (
             "kvsmith/cache.py",
@@ -196,6 +201,7 @@ def test_every_rule_can_fail(path: str, source: str) -> None:
             "from transformers import Cache\nfrom kvsmith.cache import ModelCache",
         ),
         ("kvsmith/hf/seam.py", "from transformers import AttentionInterface"),
+        ("kvsmith/__init__.py", "def f():\n    from kvsmith.pipeline import data"),
         ("kvsmith/bundle.py", "import json, os\nfrom safetensors.torch import save_file"),
         ("pipeline/config.py", "from omegaconf import OmegaConf\nimport hydra"),
         ("pipeline/log.py", "def f():\n    import wandb"),
