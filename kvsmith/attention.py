@@ -41,6 +41,15 @@ class Mask(Protocol):
 class Rotation(Protocol):
     """RoPE of stored keys; identity where they are stored rotated or the model has none."""
 
+    @property
+    def pairs_halves(self) -> bool:
+        """Whether channels d and d + D/2 turn together, or nothing turns: `tiles` may be called."""
+
+    def tiles(self, k: torch.Tensor, start: int, order: torch.Tensor, /) -> torch.Tensor:
+        """Rotate [B, H, C, D] float32 keys in tile order, at columns start, start + 1, ..., in
+        place.
+        """
+
     def __call__(
         self, k: torch.Tensor, start: int | None, columns: torch.Tensor | None, /
     ) -> torch.Tensor:
@@ -102,21 +111,21 @@ def attend_store(
         parts[i] = part if held is None else held.merge(part)
 
     rows = [slice(i * step, min((i + 1) * step, T)) for i in range(len(parts))]
-    for segment in store.segments(before, chunk):
-        keys = rotate(segment.k, segment.start, segment.columns)
+    for segment in store.segments(before, chunk, rotate.pairs_halves, True):
+        keys, queries = _rotated(q, segment, rotate)
         for i, r in enumerate(rows):
             seen = _visible(mask, r, segment, store, before)
-            add(
-                i,
-                attend(
-                    q[:, :, r],
-                    keys,
-                    segment.v,
-                    scale=scores.scale,
-                    mask=seen,
-                    softcap=scores.softcap,
-                ),
+            part = attend(
+                queries[:, :, r],
+                keys,
+                segment.v,
+                scale=scores.scale,
+                mask=seen,
+                softcap=scores.softcap,
             )
+            if segment.v_order is not None:
+                part = Partial(_natural(part.out, segment.v_order), part.lse)
+            add(i, part)
     new_tokens = k.shape[2]
     for i, r in enumerate(rows):
         # The queries are the last T of the new tokens.
@@ -135,6 +144,21 @@ def attend_store(
             add(i, _sink_partial(scores.sink, new))
     out = torch.cat([p.out for p in parts if p is not None], dim=2)
     return out.transpose(1, 2).to(q.dtype)
+
+
+def _rotated(
+    q: torch.Tensor, segment: Segment, rotate: Rotation
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotated keys of a segment, and the queries with their channels in the same order."""
+    if segment.k_order is None:
+        return rotate(segment.k, segment.start, segment.columns), q
+    assert segment.start is not None
+    return rotate.tiles(segment.k, segment.start, segment.k_order), q[..., segment.k_order]
+
+
+def _natural(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """Channels [..., D] back in natural order."""
+    return torch.empty_like(x).index_copy_(-1, order, x)
 
 
 def _attend_dense(

@@ -8,7 +8,8 @@ from statistics import NormalDist
 import torch
 
 from kvsmith.errors import explain
-from kvsmith.kernels.decode.api import decode
+from kvsmith.kernels.decode.api import decode, decode_tiles
+from kvsmith.kernels.decode.tiles import order_tensors, tile_order
 from kvsmith.kernels.encode_pack.api import encode_pack
 from kvsmith.kernels.format import Format, OutlierRule, Tables
 from kvsmith.layout import outlier_slots, parameter_tensors
@@ -97,6 +98,17 @@ class Codec:
             if self.is_identity
             else decode(tensors, self.format, self.tables, self.dim)
         )
+
+    @property
+    def tile_order(self) -> torch.Tensor | None:
+        """Channel at each place of what `decode_tiles` returns; None where it cannot decode."""
+        if self.is_identity or tile_order(self.format.bits, self.dim) is None:
+            return None
+        return order_tensors(self.format.bits, self.dim, self.tables.lut.device)[0]
+
+    def decode_tiles(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Decode to [B, H, T, D] float32 with the channels in tile order, faster."""
+        return decode_tiles(tensors, self.format, self.tables, self.dim)
 
 
 def _outlier_rule(spec: TensorCodec) -> OutlierRule:

@@ -49,14 +49,17 @@ def write(tensors: Tensors, codec: Codec, offset: int, x: torch.Tensor) -> None:
         _tokens(tensors[name], name, codec, offset, offset + x.shape[2]).copy_(part)
 
 
-def read(sides: Sequence[Tensors], codec: Codec, start: int, stop: int) -> torch.Tensor:
+def read(
+    sides: Sequence[Tensors], codec: Codec, start: int, stop: int, tiles: bool = False
+) -> torch.Tensor:
     """Decode tokens [start, stop), counted from the first page; both at block boundaries.
 
     Returns:
-        [B, H, stop - start, D] in the dtype that the codec decodes to.
+        [B, H, stop - start, D] in the dtype that the codec decodes to, with `tiles` in tile order.
     """
     whole = sides[0] if len(sides) == 1 else {n: _join(n, codec, sides) for n in sides[0]}
-    return codec.decode({n: _tokens(t, n, codec, start, stop) for n, t in whole.items()})
+    part = {n: _tokens(t, n, codec, start, stop) for n, t in whole.items()}
+    return codec.decode_tiles(part) if tiles else codec.decode(part)
 
 
 def _token_dim(name: str, codec: Codec) -> int:

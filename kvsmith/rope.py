@@ -172,6 +172,7 @@ class Positions:
     pages: list[torch.Tensor] = field(default_factory=list)
     epochs: list[tuple[int, Frequencies]] = field(default_factory=list)
     _memo: dict[Any, CosSin] = field(default_factory=dict)
+    _shared: dict[Any, torch.Tensor] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -281,6 +282,13 @@ class Positions:
                 cos, sin = torch.where(later, c, cos), torch.where(later, s, sin)
         return cos, sin
 
+    def shared(self, key: Any, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """A small tensor that the layers of one forward pass share."""
+        if key not in self._shared:
+            self._shared[key] = make()
+        return self._shared[key]
+
     def end_pass(self) -> None:
         """Drop what the layers of one forward pass shared."""
         self._memo.clear()
+        self._shared.clear()

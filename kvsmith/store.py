@@ -34,12 +34,16 @@ class Segment:
         v: [B, H, C, Dv] values.
         start: first column where the segment is one range of columns, else None.
         columns: [B, C] int64 columns where each row has its own, else None.
+        k_order, v_order: [D] int64, the channel at each place where they leave in tile order (see
+            `decode_tiles`); None in natural order.
     """
 
     k: torch.Tensor
     v: torch.Tensor
     start: int | None
     columns: torch.Tensor | None = None
+    k_order: torch.Tensor | None = None
+    v_order: torch.Tensor | None = None
 
 
 class LayerStore:
@@ -185,12 +189,15 @@ class LayerStore:
 
     # -- reading ----------------------------------------------------------------------------------
 
-    def segments(self, stop: int, chunk: int) -> Iterator[Segment]:
+    def segments(
+        self, stop: int, chunk: int, k_tiles: bool = False, v_tiles: bool = False
+    ) -> Iterator[Segment]:
         """Yield the tokens of columns [0, stop) as dense segments.
 
         Args:
             stop: columns to read.
             chunk: encoded tokens to decode at once, rounded to whole pages.
+            k_tiles, v_tiles: whether decoded keys, values may leave in tile order.
         """
         S = self.spec.sinks
         if self.sinks is not None and stop > 0 and S:
@@ -203,23 +210,27 @@ class LayerStore:
         body = min(self.encoded, stop - S)
         run = max(1, chunk // self.page_size)
         for first in range(self.freed, -(-max(body, 0) // self.page_size), run):
-            yield self._decode(first, min(body, (first + run) * self.page_size))
+            stop_token = min(body, (first + run) * self.page_size)
+            yield self._decode(first, stop_token, (k_tiles, v_tiles))
         if stop > self.body_end and self.recent is not None:
             k, v = self.recent
             yield Segment(
                 k[:, :, : stop - self.body_end], v[:, :, : stop - self.body_end], self.body_end
             )
 
-    def _decode(self, first: int, stop: int) -> Segment:
+    def _decode(self, first: int, stop: int, tiles: tuple[bool, bool]) -> Segment:
         """Decode the pages from `first` on, up to body token `stop`."""
         tokens = stop - first * self.page_size
         blocks = -(-tokens // self.spec.block_size) * self.spec.block_size
         pages = self.pages[first - self.freed : -(-stop // self.page_size) - self.freed]
-        dense = [
-            read([p.sides[side] for p in pages], codec, 0, blocks)[:, :, :tokens]
-            for side, codec in enumerate(self.codecs)
-        ]
-        return Segment(dense[0], dense[1], self.spec.sinks + first * self.page_size)
+        dense, orders = [], []
+        for side, (codec, wanted) in enumerate(zip(self.codecs, tiles, strict=True)):
+            order = codec.tile_order if wanted else None
+            sides = [p.sides[side] for p in pages]
+            dense.append(read(sides, codec, 0, blocks, order is not None)[:, :, :tokens])
+            orders.append(order)
+        start = self.spec.sinks + first * self.page_size
+        return Segment(dense[0], dense[1], start, None, orders[0], orders[1])
 
     # -- rearranging ------------------------------------------------------------------------------
 

@@ -31,6 +31,7 @@ from transformers.utils import is_optimum_quanto_available
 from kvsmith.attention import Scores, attend_store
 from kvsmith.codec import Codec, midpoints, normal_levels
 from kvsmith.geometry import LayerGeometry
+from kvsmith.key_rotation import KeyRotation, turns_halves
 from kvsmith.layout import DTYPES
 from kvsmith.rope import Positions, RotarySource, rotation_function
 from kvsmith.spec import NUQ, CodecSpec, StaticThreshold, TensorCodec, TopK
@@ -84,17 +85,13 @@ def ours(bits: int, fraction: float, k: torch.Tensor, v: torch.Tensor, q: torch.
     turn = rotation_function(LlamaAttention(CONFIG, 0))
     assert turn is not None
 
-    def rotate(x: torch.Tensor, start: int | None, columns: torch.Tensor | None) -> torch.Tensor:
-        stop = 0 if start is None else start + x.shape[2]
-        cos, sin = positions.cos_sin(source, q.dtype, start, stop, columns)
-        positions.end_pass()
-        return turn(x, cos, sin)
-
+    rotate = KeyRotation(positions, source, q.dtype, turn, turns_halves(turn, DIM))
     new_k, new_v = k[:, :, :1], v[:, :, :1]
 
     def step() -> object:
         before = store.length
         store.append(new_k, new_v)
+        positions.end_pass()
         return attend_store(q, new_k, new_v, store, before, _Causal(), rotate, Scores(DIM**-0.5))
 
     return step

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 
 from kvsmith.errors import explain
-from kvsmith.kernels.decode import reference
+from kvsmith.kernels.decode import reference, tiles
 from kvsmith.kernels.format import Format, Tables
 
 
@@ -30,9 +30,32 @@ def decode(
     Raises:
         ValueError: a tensor is missing.
     """
+    _check(tensors, fmt)
+    return reference.decode(tensors, fmt, tables, dim)
+
+
+def decode_tiles(
+    tensors: Mapping[str, torch.Tensor], fmt: Format, tables: Tables, dim: int
+) -> torch.Tensor:
+    """Decode a block of tokens with their channels in the order of `tile_order`; several times
+    faster.
+
+    Args:
+        tensors, fmt, tables, dim: as in `decode`; `tile_order(fmt.bits, dim)` is not None.
+
+    Returns:
+        [B, H, T, D] float32; place i holds channel `tile_order(fmt.bits, dim)[i]`.
+
+    Raises:
+        ValueError: a tensor is missing.
+    """
+    _check(tensors, fmt)
+    return tiles.decode_tiles(tensors, fmt, tables, dim)
+
+
+def _check(tensors: Mapping[str, torch.Tensor], fmt: Format) -> None:
     missing = {"codes"} | ({"index", "value", "start"} if fmt.slots else set())
     if missing - set(tensors):
         raise ValueError(
             explain("decode", "tensors", ", ".join(sorted(missing)), ", ".join(sorted(tensors)))
         )
-    return reference.decode(tensors, fmt, tables, dim)

@@ -23,7 +23,8 @@ def decode(
         assert tables.scale is not None and tables.zero is not None
         x = torch.addcmul(tables.zero[:, None], x, tables.scale[:, None])
     if fmt.slots:
-        _add_outliers(x, tensors, fmt.block)
+        flat = outlier_places(tensors, x.shape, fmt.block)
+        x.view(x.shape[0], -1).scatter_add_(1, flat, tensors["value"].float().flatten(1))
     return x
 
 
@@ -36,12 +37,15 @@ def expand_range(values: torch.Tensor, shape: torch.Size, fmt: Format) -> torch.
     return values[:, None, :, None]
 
 
-def _add_outliers(x: torch.Tensor, tensors: Mapping[str, torch.Tensor], block: int) -> None:
-    """Add the corrections in place."""
-    B, _, T, D = x.shape
-    index, ends = unsigned(tensors["index"]), unsigned(tensors["start"])[..., 1:].contiguous()
-    place = torch.arange(index.shape[2], device=x.device).expand(index.shape).contiguous()
-    head = torch.searchsorted(ends, place, right=True)
-    first = torch.arange(index.shape[1], device=x.device)[:, None] * (block * D)
-    flat = head * (T * D) + first + index  # [B, T / block, block * N]
-    x.view(B, -1).scatter_add_(1, flat.view(B, -1), tensors["value"].float().view(B, -1))
+def outlier_places(
+    tensors: Mapping[str, torch.Tensor], shape: torch.Size, block: int
+) -> torch.Tensor:
+    """Positions of the corrections among the H * T * D elements of a row, [B, N * T] int64."""
+    B, _, T, D = shape
+    place, start = unsigned(tensors["index"]), unsigned(tensors["start"])
+    # A correction belongs to the head whose start lies at or before it: count the starts passed.
+    head = place.new_zeros((*place.shape[:2], place.shape[2] + 1))
+    head.scatter_add_(2, start[..., 1:], torch.ones_like(start[..., 1:]))
+    place += head[..., :-1].cumsum(-1).mul_(T * D)
+    place += torch.arange(place.shape[1], device=place.device)[:, None] * (block * D)
+    return place.view(B, -1)

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from kvsmith.attention import Rotation, Scores, attend_store
+from kvsmith.attention import Scores, attend_store
 from kvsmith.codec import Codec
 from kvsmith.errors import explain
 from kvsmith.geometry import ModelGeometry
@@ -19,6 +19,7 @@ from kvsmith.hf import dense
 from kvsmith.hf.geometry import geometry
 from kvsmith.hf.masks import LazyMask, TensorMask
 from kvsmith.hf.seam import HANDLE, Seam, SeamCache, attach
+from kvsmith.key_rotation import KeyRotation
 from kvsmith.layout import DTYPES, CacheBytes, check_geometry
 from kvsmith.rope import CosSin, Positions
 from kvsmith.spec import CacheSpec
@@ -182,22 +183,13 @@ class KVCache(Cache, SeamCache):
     def _pre(self) -> bool:
         return self.spec.codec.key_domain == "pre"
 
-    def rotation(self, seam: Seam, dtype: torch.dtype) -> Rotation:
+    def rotation(self, seam: Seam, dtype: torch.dtype) -> KeyRotation:
         """RoPE of stored keys for one attention module, with cos and sin in `dtype`."""
         call = seam.call
         assert call is not None
-
-        def rotate(
-            k: torch.Tensor, start: int | None, columns: torch.Tensor | None
-        ) -> torch.Tensor:
-            if not self._pre or call.source is None or not seam.uses_rope:
-                return k
-            stop = 0 if start is None else start + k.shape[2]
-            cos, sin = self.positions.cos_sin(call.source, dtype, start, stop, columns)
-            # Layers may lie on several devices; position ids lie on that of the first.
-            return seam.turn(k, (cos.to(k.device), sin.to(k.device)))
-
-        return rotate
+        source = call.source if self._pre and seam.uses_rope else None
+        halves = source is None or seam.turns_halves(self.geometry.layers[seam.layer].k_dim)
+        return KeyRotation(self.positions, source, dtype, seam.rotate, halves)
 
     # ... sizes
 

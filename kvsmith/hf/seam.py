@@ -26,6 +26,7 @@ from kvsmith.attention import Scores
 from kvsmith.errors import explain
 from kvsmith.hf.geometry import geometry
 from kvsmith.hf.masks import LazyMask, TensorMask, make_mask
+from kvsmith.key_rotation import turns_halves
 from kvsmith.rope import (
     CosSin,
     Frequencies,
@@ -201,6 +202,12 @@ class Seam:
         if rope is None or not self.uses_rope or self.rotate is None:
             return x
         return self.rotate(x, *rope).to(x.dtype)
+
+    def turns_halves(self, dim: int) -> bool:
+        """Whether this module turns channels d and d + D/2 of its keys together, all of them."""
+        if self.call is None or self.call.rope is None or self.rotate is None:
+            return False
+        return self.call.rope[0].shape[-1] == dim and turns_halves(self.rotate, dim)
 
 
 class _Probe(torch.Tensor):
