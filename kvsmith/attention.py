@@ -99,7 +99,7 @@ def attend_store(
         [B, T, Hq, Dv] in the dtype of q.
     """
     if before == 0 and scores.softcap is None and scores.sink is None:
-        return _attend_dense(q, k, v, mask, scores.scale)
+        return attend_dense(q, k, v, mask, scores.scale)
     T, Hq = q.shape[2], q.shape[1]
     row_elements = q.shape[0] * Hq * max(k.shape[2], 1)
     step = max(1, min(T, LOGIT_ELEMENTS // row_elements))
@@ -141,7 +141,7 @@ def attend_store(
         )
         add(i, new)
         if scores.sink is not None:
-            add(i, _sink_partial(scores.sink, new))
+            add(i, sink_partial(scores.sink, new))
     out = torch.cat([p.out for p in parts if p is not None], dim=2)
     return out.transpose(1, 2).to(q.dtype)
 
@@ -161,7 +161,7 @@ def _natural(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(x).index_copy_(-1, order, x)
 
 
-def _attend_dense(
+def attend_dense(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask, scale: float
 ) -> torch.Tensor:
     """Nothing is stored yet: plain attention over the new tokens."""
@@ -213,6 +213,6 @@ def _visible(
     return whole.expand(index.shape[0], -1, -1, -1).gather(-1, index) & valid
 
 
-def _sink_partial(sink: torch.Tensor, like: Partial) -> Partial:
+def sink_partial(sink: torch.Tensor, like: Partial) -> Partial:
     """A token with a logit and no value adds to the denominator alone."""
     return Partial(torch.zeros_like(like.out), sink.float()[None, :, None].expand_as(like.lse))

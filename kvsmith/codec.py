@@ -87,6 +87,13 @@ class Codec:
         if not self.is_identity and self.tables.lut.device != device:
             self.tables = self.tables.to(device)
 
+    def tensors(self) -> list[torch.Tensor]:
+        """Tables that it holds."""
+        if self.is_identity:
+            return []
+        t = self.tables
+        return [x for x in (t.lut, t.edges, t.scale, t.zero) if x is not None]
+
     def encode(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """Encode [B, H, T, D]; the result is named and shaped as `page_tensors` says."""
         return {"dense": x} if self.is_identity else encode_pack(x, self.format, self.tables)

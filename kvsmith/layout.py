@@ -1,12 +1,7 @@
-"""Which tensors a cache owns, and the bytes they take.
-
-The runtime allocates exactly what `page_tensors` lists, so `cache_bytes` and the allocated bytes
-agree to the byte.
-"""
+"""Which tensors a cache owns, where they lie in a page, and which of them a bundle holds."""
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 from functools import cache
 from math import prod
@@ -14,9 +9,11 @@ from math import prod
 import torch
 
 from kvsmith.errors import explain
+from kvsmith.eviction.policy import KeepAll
 from kvsmith.geometry import LayerGeometry, ModelGeometry
 from kvsmith.kernels.format import index_dtype
 from kvsmith.kernels.pack.api import packed_bytes
+from kvsmith.less.spec import less_tensors
 from kvsmith.spec import CacheSpec, CodecSpec, Identity, TensorCodec
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -139,8 +136,9 @@ def check_geometry(spec: CacheSpec, geometry: ModelGeometry) -> None:
 
     Raises:
         ValueError: a channel group does not divide the head dim, or the outliers of a block exceed
-            16-bit indices.
+            16-bit indices, or a state has no layer.
     """
+    _check_less(spec, geometry)
     for i in geometry.owners:
         layer = geometry.layers[i]
         for name, dim in (("k", layer.k_dim), ("v", layer.v_dim)):
@@ -170,26 +168,44 @@ def check_geometry(spec: CacheSpec, geometry: ModelGeometry) -> None:
                 )
 
 
-@dataclass(frozen=True)
-class CacheBytes:
-    """Bytes of a cache by what they hold.
+def evicting_layers(spec: CacheSpec, geometry: ModelGeometry) -> tuple[int, ...]:
+    """Layers whose tokens a policy evicts; a layer with a sliding window forgets by itself."""
+    if isinstance(spec.eviction, KeepAll):
+        return ()
+    return tuple(i for i in geometry.owners if geometry.layers[i].window is None)
 
-    Attributes:
-        body: pages of encoded tokens.
-        windows: dense sinks and recent tokens.
-        parameters: codebooks and calibrated ranges, shared by all rows.
-        positions: position ids of the cached tokens.
+
+def slot_heads(codec: TensorCodec, heads: int) -> int:
+    """Heads that are encoded together in an evicting layer, where the tokens of a slot differ by
+    head: one, where a codec would share a range or a choice of outliers among them.
     """
+    q = codec.quantizer
+    shared = not isinstance(q, Identity) and q.axis == "token" and q.group_size is None
+    return 1 if shared else heads
 
-    body: int
-    windows: int
-    parameters: int
-    positions: int
 
-    @property
-    def total(self) -> int:
-        """All bytes."""
-        return self.body + self.windows + self.parameters + self.positions
+def less_parameters(spec: CacheSpec, geometry: ModelGeometry) -> dict[str, TensorInfo]:
+    """Tensors of all layers' states, `layers.{i}.less.{name}`."""
+    tensors: dict[str, TensorInfo] = {}
+    if spec.less is None:
+        return tensors
+    for index, i in enumerate(evicting_layers(spec, geometry)):
+        own = less_tensors(spec.less.features, geometry.layers[i], spec.less.rank_of(index))
+        for name, (shape, unit) in own.items():
+            tensors[f"layers.{i}.less.{name}"] = TensorInfo(shape, torch.float32, unit)
+    return tensors
+
+
+def _check_less(spec: CacheSpec, geometry: ModelGeometry) -> None:
+    layers = evicting_layers(spec, geometry)
+    if spec.less is None:
+        return
+    if not layers or len(geometry.owners) != len(geometry.layers):
+        expected = "layers that own their tokens and have no sliding window"
+        raise ValueError(explain("cache.less", "model", f"one with {expected}", "none, or shared"))
+    if len(spec.less.ranks) not in (0, len(layers)):
+        expected = f"one for each of the {len(layers)} layers that evict"
+        raise ValueError(explain("cache.less", "ranks", expected, len(spec.less.ranks)))
 
 
 @dataclass(frozen=True)
@@ -242,86 +258,3 @@ def page_layout(
             end += -(-info.nbytes // 16) * 16
         sides.append(places)
     return PageLayout(sides[0], sides[1], end)
-
-
-def table_bytes(codec: TensorCodec, heads: int, dim: int) -> int:
-    """Bytes of a codebook with its boundaries, and of calibrated ranges, as the runtime holds them
-    (float32).
-    """
-    q = codec.quantizer
-    if isinstance(q, Identity):
-        return 0
-    ranges = 2 * heads * dim if q.range == "calibrated" else 0
-    return 4 * (2 ** (q.bits + 1) - 1 + ranges)
-
-
-def encoded_tokens(codec: CodecSpec, tokens: int) -> int:
-    """Tokens in the body once `tokens` have been appended."""
-    return max(0, tokens - codec.sinks - codec.recent) // codec.block_size * codec.block_size
-
-
-def held_pages(codec: CodecSpec, page: int, tokens: int, window: int | None) -> int:
-    """Pages that a layer holds once `tokens` have been appended in one step.
-
-    Args:
-        codec: the codec.
-        page: tokens of a page.
-        tokens: tokens appended.
-        window: tokens a query can see back, None for all. Pages that no query can see are freed,
-            but for one; where tokens come one by one, that happens a token later.
-    """
-    pages = -(-encoded_tokens(codec, tokens) // page)
-    if window is None:
-        return pages
-    passed = (tokens - window - codec.sinks) // page - 1
-    return pages - min(max(passed, 0), pages)
-
-
-def cache_bytes(
-    spec: CacheSpec,
-    geometry: ModelGeometry,
-    batch: int,
-    tokens: int,
-    dense: torch.dtype,
-    position_rows: int = 1,
-) -> CacheBytes:
-    """Bytes that a cache holds once `tokens` tokens have been appended to each row.
-
-    Args:
-        spec: the cache.
-        geometry: the model.
-        batch: rows B.
-        tokens: tokens appended to each row.
-        dense: dtype of the model's keys and values.
-        position_rows: rows of position ids: 0 for a model without RoPE (or keys stored after it), 1
-            where all batch rows share their positions, else B.
-
-    Returns:
-        CacheBytes; equal to the allocated bytes of the runtime's cache (see `held_pages` for layers
-        with a sliding window).
-    """
-    codec, page = spec.codec, spec.page_size
-    dense_tokens = codec.sinks + codec.recent + codec.block_size
-    layers = Counter(geometry.layers[i] for i in geometry.owners)
-    body = batch * sum(
-        n * held_pages(codec, page, tokens, g.window) * page_layout(codec, g, page, dense).nbytes
-        for g, n in layers.items()
-    )
-    windows = batch * dense_tokens * geometry.elements * dense.itemsize
-    parameters = sum(
-        n * table_bytes(part, g.kv_heads, dim)
-        for g, n in layers.items()
-        for part, dim in ((codec.k, g.k_dim), (codec.v, g.v_dim))
-    )
-    positions = position_rows * -(-tokens // page) * page * torch.int32.itemsize
-    return CacheBytes(body, windows, parameters, positions)
-
-
-def bits_per_element(
-    spec: CacheSpec, geometry: ModelGeometry, batch: int, tokens: int, dense: torch.dtype
-) -> float:
-    """All-in bits an element at a stated length: every allocated byte over the elements it stands
-    for.
-    """
-    total = cache_bytes(spec, geometry, batch, tokens, dense).total
-    return 8 * total / (batch * tokens * geometry.elements)

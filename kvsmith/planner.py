@@ -3,7 +3,7 @@
     cache(tokens) + weights + activations + reserve <= memory
     seconds a token >= (weights read + cache read) / bandwidth
 
-Bytes of caches come from `layout.cache_bytes`, the arithmetic that the runtime allocates by. The
+Bytes of caches come from `sizes.cache_bytes`, the arithmetic that the runtime allocates by. The
 seconds are a floor (a roofline): they leave out computation, launches and what bandwidth falls
 short of its peak. A layer that reads another's tokens stores none but reads all of them, so sharing
 saves memory and no time.
@@ -20,7 +20,8 @@ from kvsmith.attention import CHUNK_ELEMENTS, LOGIT_ELEMENTS
 from kvsmith.devices import Device
 from kvsmith.errors import explain
 from kvsmith.geometry import LayerGeometry, ModelGeometry
-from kvsmith.layout import CacheBytes, cache_bytes, check_geometry
+from kvsmith.layout import check_geometry
+from kvsmith.sizes import CacheBytes, cache_bytes
 from kvsmith.spec import CacheSpec
 
 RESERVE = 0.06  # share of a device: driver, allocator, fragments
@@ -257,7 +258,7 @@ def _option(name: str, spec: CacheSpec, model: ModelFacts, device: Device, load:
 def held(
     model: ModelFacts, spec: CacheSpec, batch: int, tokens: int, dtype: torch.dtype
 ) -> CacheBytes:
-    """Bytes of a cache with rows of equal length; see `layout.cache_bytes`."""
+    """Bytes of a cache with rows of equal length; see `sizes.cache_bytes`."""
     rotated = int(model.rope and spec.codec.key_domain == "pre")
     return cache_bytes(spec, model.geometry, batch, tokens, dtype, rotated)
 

@@ -15,7 +15,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from kvsmith.errors import explain
-from kvsmith.strict import from_dict
+from kvsmith.eviction.policy import Eviction, KeepAll, Policy
+from kvsmith.less.spec import Less
+from kvsmith.strict import added_later, from_dict
 
 Axis = Literal["channel", "token"]
 Range = Literal["calibrated", "online"]
@@ -221,13 +223,6 @@ class CodecSpec:
 
 
 @dataclass(frozen=True)
-class KeepAll:
-    """No eviction: every token stays."""
-
-    kind: Literal["keep_all"] = field(default="keep_all", kw_only=True)
-
-
-@dataclass(frozen=True)
 class CacheSpec:
     """The only description of a cache.
 
@@ -235,11 +230,13 @@ class CacheSpec:
         codec: how a token is stored.
         eviction: which tokens stay.
         page_size: tokens by which memory grows; a multiple of codec.block_size.
+        less: what remains of those that go; None for nothing.
     """
 
     codec: CodecSpec
-    eviction: KeepAll = field(default_factory=KeepAll)
+    eviction: Eviction = field(default_factory=KeepAll)
     page_size: int = 128
+    less: Less | None = added_later(None)
 
     def __post_init__(self) -> None:
         if self.page_size < 1 or self.page_size % self.codec.block_size:
@@ -251,11 +248,45 @@ class CacheSpec:
                     self.page_size,
                 )
             )
+        if isinstance(self.eviction, KeepAll):
+            if self.less is not None:
+                remedy = "Choose an eviction, or leave less out."
+                raise ValueError(
+                    explain("cache.less", "eviction", "one that evicts", "keep_all", remedy)
+                )
+            return
+        _check_budget(self.codec, self.eviction)
 
     @staticmethod
     def parse(data: object, where: str = "cache") -> CacheSpec:
         """Read a spec from plain data; see `strict.from_dict` for the errors."""
         return from_dict(CacheSpec, data, where)
+
+
+def slot_tokens(codec: CodecSpec, budget: int) -> int:
+    """Encoded tokens of a layer that holds `budget` tokens: what the dense windows leave, in whole
+    blocks.
+    """
+    free = budget - codec.sinks - codec.recent - codec.block_size
+    return max(free, 0) // codec.block_size * codec.block_size
+
+
+def _check_budget(codec: CodecSpec, policy: Policy) -> None:
+    least = codec.sinks + codec.recent + 2 * codec.block_size
+    if policy.budget < least:
+        remedy = "Raise the budget, or lower the codec's windows or block_size."
+        expected = f"at least sinks + recent + 2 blocks of the codec = {least}"
+        raise ValueError(explain("eviction.budget", "token count", expected, policy.budget, remedy))
+    most = policy.budget - codec.block_size
+    if policy.sinks + policy.protected > most:
+        raise ValueError(
+            explain(
+                "eviction",
+                "sinks + recent",
+                f"at most budget - block_size = {most}",
+                policy.sinks + policy.protected,
+            )
+        )
 
 
 def _check_quantizer(q: Uniform | NUQ) -> None:

@@ -22,6 +22,7 @@ from kvsmith.errors import explain
 from kvsmith.geometry import LayerGeometry
 from kvsmith.layout import page_layout
 from kvsmith.pages import Page, new_page, read, write
+from kvsmith.sinks import Pair, empty_pair, sink_columns, write_sinks
 from kvsmith.spec import CodecSpec
 
 
@@ -69,8 +70,8 @@ class LayerStore:
         self.length = self.encoded = 0
         self.pages: list[Page] = []
         self.freed = 0  # pages that a sliding window has left behind
-        self.sinks: tuple[torch.Tensor, torch.Tensor] | None = None
-        self.recent: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.sinks: Pair | None = None
+        self.recent: Pair | None = None
         self.padding: torch.Tensor | None = None
 
     @property
@@ -101,7 +102,8 @@ class LayerStore:
         self._check(k)
         if padding is not None:
             self.padding = padding
-        self._write_sinks((k, v))
+        assert self.sinks is not None
+        write_sinks(self.sinks, (k, v), self.length, self.padding)
         skip = min(max(self.spec.sinks - self.length, 0), k.shape[2])
         held, before = max(self.length - self.body_end, 0), self.length
         self.length += k.shape[2]
@@ -114,8 +116,8 @@ class LayerStore:
             return
         B, H = k.shape[:2]
         room = self.spec.recent + self.spec.block_size
-        self.sinks = _empty(k, v, (B, H, self.spec.sinks))
-        self.recent = _empty(k, v, (B, H, room))
+        self.sinks = empty_pair(k, v, (B, H, self.spec.sinks))
+        self.recent = empty_pair(k, v, (B, H, room))
         for codec in self.codecs:
             codec.to(k.device)
 
@@ -125,23 +127,6 @@ class LayerStore:
             raise ValueError(
                 explain("cache", "batch, KV heads, head dim", str(expected), str(tuple(k.shape)))
             )
-
-    def _write_sinks(self, new: tuple[torch.Tensor, torch.Tensor]) -> None:
-        assert self.sinks is not None
-        S, first, T = self.spec.sinks, self.length, new[0].shape[2]
-        if self.padding is None:
-            stop = min(S, first + T)
-            for sink, x in zip(self.sinks, new, strict=True):
-                sink[:, :, first:stop] = x[:, :, : max(stop - first, 0)]
-            return
-        columns = self._sink_columns() - first  # [B, S]
-        rows, slots = torch.where((columns >= 0) & (columns < T))
-        for sink, x in zip(self.sinks, new, strict=True):
-            sink[rows, :, slots] = x[rows, :, columns[rows, slots]]
-
-    def _sink_columns(self) -> torch.Tensor:
-        assert self.padding is not None
-        return self.padding[:, None] + torch.arange(self.spec.sinks, device=self.padding.device)
 
     def _write_recent(self, new: tuple[torch.Tensor, torch.Tensor], held: int) -> None:
         """Join `held` recent tokens with the new ones; encode the oldest blocks, keep the rest
@@ -206,7 +191,7 @@ class LayerStore:
                 used = min(S, stop)
                 yield Segment(k[:, :, :used], v[:, :, :used], 0)
             else:
-                yield Segment(k, v, None, self._sink_columns())
+                yield Segment(k, v, None, sink_columns(self.padding, self.spec.sinks))
         body = min(self.encoded, stop - S)
         run = max(1, chunk // self.page_size)
         for first in range(self.freed, -(-max(body, 0) // self.page_size), run):
@@ -287,17 +272,7 @@ class LayerStore:
         for pair in (self.sinks, self.recent):
             yield from (("windows", t) for t in pair or ())
         for codec in self.codecs:
-            if not codec.is_identity:
-                tables = codec.tables
-                for t in (tables.lut, tables.edges, tables.scale, tables.zero):
-                    if t is not None:
-                        yield "parameters", t
-
-
-def _empty(
-    k: torch.Tensor, v: torch.Tensor, shape: tuple[int, int, int]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return k.new_zeros((*shape, k.shape[-1])), v.new_zeros((*shape, v.shape[-1]))
+            yield from (("parameters", t) for t in codec.tensors())
 
 
 def _window(

@@ -19,8 +19,16 @@ from typing import Any, Literal, TypeVar, Union
 from kvsmith.errors import explain
 
 T = TypeVar("T")
+_ADDED = "added_later"
 # Resolved types of a dataclass's fields; resolving them takes longer than everything else here.
 _hints: Callable[[Any], dict[str, Any]] = functools.cache(typing.get_type_hints)
+
+
+def added_later(default: Any) -> Any:
+    """A dataclass field that older files lack: plain data leave it out where it holds `default`, so
+    that what does not use it keeps its bytes.
+    """
+    return dataclasses.field(default=default, metadata={_ADDED: True})
 
 
 def from_dict(cls: type[T], data: object, where: str) -> T:
@@ -70,7 +78,9 @@ def to_dict(value: object) -> Any:
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {
-            f.name: to_dict(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init
+            f.name: to_dict(getattr(value, f.name))
+            for f in dataclasses.fields(value)
+            if f.init and not (_ADDED in f.metadata and getattr(value, f.name) == f.default)
         }
     if isinstance(value, Mapping):
         return {str(k): to_dict(v) for k, v in value.items()}

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvsmith.errors import explain
+from kvsmith.eviction.policy import Eviction, KeepAll
 from kvsmith.layout import check_geometry
 from kvsmith.pipeline.calibration import (
     Record,
@@ -38,7 +39,7 @@ from kvsmith.pipeline.log import LoggerConfig, NoLogger, Run
 from kvsmith.pipeline.model import ModelConfig, load_model
 from kvsmith.pipeline.stage import Stage, Stop, digest, locked, run_stage
 from kvsmith.pipeline.statistics import plan_for
-from kvsmith.spec import CacheSpec, CodecSpec, KeepAll
+from kvsmith.spec import CacheSpec, CodecSpec
 
 CALIBRATIONS = "artifacts/calibration"
 STATISTICS_VERSION = 1  # raised when the same tokens give other statistics
@@ -74,7 +75,7 @@ class CalibrateConfig:
     data: DataConfig
     codec: CodecSpec | None = None
     codecs: tuple[str, ...] = ()
-    eviction: KeepAll = field(default_factory=KeepAll)
+    eviction: Eviction = field(default_factory=KeepAll)
     samples: int = 64
     length: int = 512
     batch_size: int = 8

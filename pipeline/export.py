@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from kvsmith.bundle import BaseModel, Bundle, Calibration, base_model, expected_tensors
 from kvsmith.bundle.card import sizes
 from kvsmith.errors import explain
+from kvsmith.eviction.policy import Eviction, KeepAll
 from kvsmith.hf import geometry
 from kvsmith.layout import check_geometry
 from kvsmith.pipeline.calibration import (
@@ -34,7 +35,7 @@ from kvsmith.pipeline.fp8_checkpoint import Checkpoint, Weights, model_folder, s
 from kvsmith.pipeline.log import LoggerConfig, NoLogger, Run
 from kvsmith.pipeline.model import ModelConfig, load_config, load_model
 from kvsmith.pipeline.stage import locked, read_json
-from kvsmith.spec import CacheSpec, CodecSpec, KeepAll
+from kvsmith.spec import CacheSpec, CodecSpec
 from kvsmith.strict import to_dict
 
 SHARD = "cache.safetensors"
@@ -66,7 +67,7 @@ class ExportConfig:
 
     model: ModelConfig
     codec: CodecSpec
-    eviction: KeepAll = field(default_factory=KeepAll)
+    eviction: Eviction = field(default_factory=KeepAll)
     page_size: int = 128
     sensitivity: Sensitivity = "fisher"
     calibration: str | None = None

@@ -8,7 +8,7 @@ import re
 import torch
 
 from kvsmith.bundle.manifest import Manifest
-from kvsmith.layout import bits_per_element
+from kvsmith.sizes import bits_per_element
 from kvsmith.spec import Identity, StaticThreshold, TensorCodec
 
 LENGTHS = {"1K": 2**10, "32K": 2**15, "1M": 2**20}

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from kvsmith.bundle.base_model import BaseModel
 from kvsmith.bundle.errors import BundleError, printable, refuse
 from kvsmith.bundle.strict_json import DAMAGED, read_object
+from kvsmith.eviction.policy import KeepAll
 from kvsmith.layout import check_geometry
 from kvsmith.spec import CacheSpec
 from kvsmith.strict import from_dict, to_dict
@@ -152,19 +153,27 @@ def check_manifest(manifest: Manifest, where: str) -> None:
             raise refuse(f"{where}.files.{name}", "size", "at least 0", info.size)
     if (total := sum(info.size for info in manifest.files.values())) > FILES_LIMIT:
         raise refuse(f"{where}.files", "size of all", f"at most {FILES_LIMIT} bytes", total)
-    codec = manifest.cache.codec
-    for what, tokens in (
-        ("sinks", codec.sinks),
-        ("recent", codec.recent),
-        ("block_size", codec.block_size),
-        ("page_size", manifest.cache.page_size),
-    ):
-        if tokens > TOKENS_LIMIT:
-            raise refuse(f"{where}.cache", what, f"at most {TOKENS_LIMIT} tokens", tokens)
+    for what, count in _counts(manifest.cache):
+        if count > TOKENS_LIMIT:
+            unit = "" if what in ("rank", "hidden") else " tokens"
+            raise refuse(f"{where}.cache", what, f"at most {TOKENS_LIMIT}{unit}", count)
     try:
         check_geometry(manifest.cache, manifest.base_model.geometry)
     except ValueError as error:
         raise BundleError(printable(f"{where}: {error}")) from None
+
+
+def _counts(cache: CacheSpec) -> list[tuple[str, int]]:
+    """Every size that memory depends on, by name."""
+    codec, policy, less = cache.codec, cache.eviction, cache.less
+    counts = [(name, getattr(codec, name)) for name in ("sinks", "recent", "block_size")]
+    counts.append(("page_size", cache.page_size))
+    if not isinstance(policy, KeepAll):
+        counts += [("budget", policy.budget), ("sinks", policy.sinks)]
+    if less is not None:
+        counts += [("rank", rank) for rank in (less.rank, *less.ranks)]
+        counts.append(("hidden", getattr(less.features, "hidden", 0)))
+    return counts
 
 
 def _check_version(data: dict[str, Any], where: str) -> None:

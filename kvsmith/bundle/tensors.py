@@ -18,7 +18,7 @@ from kvsmith.bundle.errors import refuse
 from kvsmith.bundle.manifest import FileInfo
 from kvsmith.bundle.strict_json import DAMAGED, read_object
 from kvsmith.geometry import ModelGeometry
-from kvsmith.layout import TensorInfo, parameter_tensors
+from kvsmith.layout import TensorInfo, less_parameters, parameter_tensors
 from kvsmith.spec import NUQ, CacheSpec, TensorCodec
 
 HEADER_LIMIT = 2**21  # bytes of a safetensors header
@@ -27,12 +27,13 @@ _ALIGN = 8
 
 
 def expected_tensors(spec: CacheSpec, geometry: ModelGeometry) -> dict[str, TensorInfo]:
-    """Every tensor of a bundle, `layers.{i}.{k|v}.{name}`, i over the layers that store tokens."""
-    return {
+    """Every tensor of a bundle: `layers.{i}.{k|v|less}.{name}`, i over the layers with tokens."""
+    codecs = {
         f"layers.{i}.{part}.{name}": info
         for i, part, codec, heads, dim in _parts(spec, geometry)
         for name, info in parameter_tensors(codec, heads, dim).items()
     }
+    return codecs | less_parameters(spec, geometry)
 
 
 def encode(tensors: Mapping[str, torch.Tensor]) -> bytes:

@@ -11,19 +11,23 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from kvsmith.attention import Scores, attend_store
-from kvsmith.codec import Codec
+from kvsmith.attention import Rotation, Scores, attend_store
 from kvsmith.errors import explain
+from kvsmith.eviction.attention import attend_kept, rotate_tokens
+from kvsmith.eviction.store import EvictingStore
+from kvsmith.eviction.tokens import Fold, Tokens
 from kvsmith.geometry import ModelGeometry
 from kvsmith.hf import dense
 from kvsmith.hf.geometry import geometry
 from kvsmith.hf.masks import LazyMask, TensorMask
-from kvsmith.hf.seam import HANDLE, Seam, SeamCache, attach
+from kvsmith.hf.seam import ATTACHED, HANDLE, Seam, SeamCache, attach
 from kvsmith.key_rotation import KeyRotation
-from kvsmith.layout import DTYPES, CacheBytes, check_geometry
+from kvsmith.layout import check_geometry, evicting_layers
 from kvsmith.rope import CosSin, Positions
+from kvsmith.sizes import CacheBytes
 from kvsmith.spec import CacheSpec
 from kvsmith.store import LayerStore
+from kvsmith.stores import make_store
 
 
 @dataclass
@@ -54,20 +58,31 @@ class LayerHandle:
     ) -> torch.Tensor:
         """Rotate and attend; see `attention.attend_store`."""
         assert seam.call is not None
-        cache = self.cache
-        out = attend_store(
-            seam.turn(q, seam.call.rope),
-            seam.turn(k, self.rope),
-            v,
-            cache.stores[self.layer],
-            self.before,
-            mask,
-            cache.rotation(seam, q.dtype),
-            scores,
-        )
+        cache, store = self.cache, self.cache.stores[self.layer]
+        q, k = seam.turn(q, seam.call.rope), seam.turn(k, self.rope)
+        rotate = cache.rotation(seam, q.dtype)
+        if isinstance(store, EvictingStore):
+            out, mass = attend_kept(q, k, v, store, mask, rotate, scores)
+            cache.note(self.layer, mass)
+            if seam.layer == cache.last_reader[self.layer]:
+                store.settle(cache.noted.pop(self.layer), _fold(store, rotate))
+        else:
+            out = attend_store(q, k, v, store, self.before, mask, rotate, scores)
         if seam.layer == len(cache.layers) - 1:
             cache.positions.end_pass()
         return out
+
+
+def _fold(store: EvictingStore, rotate: Rotation) -> Fold | None:
+    """Folds evicted tokens into the layer's state, if it has one."""
+    state = store.state
+    if state is None:
+        return None
+
+    def fold(gone: Tokens) -> None:
+        state.fold(rotate_tokens(rotate, gone), gone.v, gone.columns >= 0)
+
+    return fold
 
 
 class KVCache(Cache, SeamCache):
@@ -82,32 +97,10 @@ class KVCache(Cache, SeamCache):
         check_geometry(spec, shape)
         self.spec, self.geometry = spec, shape
         self.positions = Positions(spec.page_size)
-        self.stores: dict[int, LayerStore] = {}
-        for i in shape.owners:
-            layer = shape.layers[i]
-            sides = []
-            for name, part, dim in (
-                ("k", spec.codec.k, layer.k_dim),
-                ("v", spec.codec.v, layer.v_dim),
-            ):
-                prefix = f"layers.{i}.{name}"
-                own = {
-                    n[len(prefix) + 1 :]: t
-                    for n, t in parameters.items()
-                    if n.startswith(prefix + ".")
-                }
-                sides.append(
-                    Codec(
-                        part,
-                        layer.kv_heads,
-                        dim,
-                        DTYPES[spec.codec.store_dtype],
-                        own,
-                        prefix,
-                        spec.codec.block_size,
-                    )
-                )
-            self.stores[i] = LayerStore(spec.codec, layer, spec.page_size, *sides)
+        self.stores = {i: make_store(spec, shape, i, parameters) for i in shape.owners}
+        self.noted: dict[int, torch.Tensor | None] = {}
+        # Tokens are evicted when the last layer that reads them has done so.
+        self.last_reader = {owner: layer for layer, owner in enumerate(shape.owner)}
         self._calls: dict[int, Seam] = {}
         super().__init__(layers=[_Layer(self, i) for i in range(len(shape.layers))])
 
@@ -168,9 +161,10 @@ class KVCache(Cache, SeamCache):
         return handed, value_states
 
     def _update_dense(
-        self, seam: Seam, store: LayerStore, k: torch.Tensor, v: torch.Tensor
+        self, seam: Seam, store: LayerStore | EvictingStore, k: torch.Tensor, v: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """For modules that attend by themselves: all keys, rotated, and values of the layer."""
+        assert isinstance(store, LayerStore)
         before, heads = store.length, store.geometry.kv_heads
         new = dense.one_of_each_group(k, heads)
         stored = dense.unrotate(seam, new) if self._pre else new
@@ -191,6 +185,11 @@ class KVCache(Cache, SeamCache):
         halves = source is None or seam.turns_halves(self.geometry.layers[seam.layer].k_dim)
         return KeyRotation(self.positions, source, dtype, seam.rotate, halves)
 
+    def note(self, layer: int, mass: torch.Tensor | None) -> None:
+        """Add up what the tokens of `layer` received from the layers that read them."""
+        held = self.noted.get(layer)
+        self.noted[layer] = mass if held is None or mass is None else held + mass
+
     # ... sizes
 
     def nbytes(self) -> int:
@@ -199,7 +198,7 @@ class KVCache(Cache, SeamCache):
 
     def bytes(self) -> CacheBytes:
         """Allocated bytes by what they hold."""
-        sums = {"body": 0, "windows": 0, "parameters": 0}
+        sums = {name: 0 for name in ("body", "windows", "parameters", "eviction", "state")}
         for store in self.stores.values():
             for kind, tensor in store.tensors():
                 sums[kind] += tensor.nbytes
@@ -266,7 +265,7 @@ class _Layer(CacheLayerMixin):
         self.is_sliding = cache.geometry.layers[index].window is not None
 
     @property
-    def _store(self) -> LayerStore:
+    def _store(self) -> LayerStore | EvictingStore:
         cache = self._cache()
         assert cache is not None
         return cache.stores[self._index]
@@ -319,4 +318,9 @@ def make_cache(
         ValueError: the model or its shape is not supported, or a parameter is missing.
     """
     attach(model)
-    return KVCache(spec, geometry(model.config), parameters or {})
+    shape = geometry(model.config)
+    if evicting_layers(spec, shape) and not ATTACHED[model].deferred:
+        where = f"model ({model.config.model_type})"
+        expected = "by transformers' attention interface, for a cache that evicts"
+        raise ValueError(explain(where, "attention", expected, "the module's own"))
+    return KVCache(spec, shape, parameters or {})

@@ -21,7 +21,6 @@ import kvsmith
 from kvsmith.bundle import base_model
 from kvsmith.geometry import ModelGeometry
 from kvsmith.hf import geometry
-from kvsmith.layout import cache_bytes
 from kvsmith.pipeline.calibration import weights_hash
 from kvsmith.pipeline.evaluation.candidate import FULL, Candidate
 from kvsmith.pipeline.evaluation.fidelity import Fidelity, summarise
@@ -33,6 +32,7 @@ from kvsmith.pipeline.evaluation.recall import Planted, Recall, recall
 from kvsmith.pipeline.log import Run
 from kvsmith.pipeline.model import input_device
 from kvsmith.pipeline.stage import digest, read_json, write_json
+from kvsmith.sizes import cache_bytes
 from kvsmith.spec import CacheSpec
 from kvsmith.strict import from_dict, to_dict
 

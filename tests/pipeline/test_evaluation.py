@@ -17,7 +17,6 @@ from transformers import DynamicCache
 
 from kvsmith.bundle import Bundle, base_model
 from kvsmith.hf import geometry
-from kvsmith.layout import cache_bytes
 from kvsmith.pipeline.data import TextfileData
 from kvsmith.pipeline.evaluate import EvaluateConfig, run
 from kvsmith.pipeline.evaluation.candidate import FULL, Candidate, digest
@@ -36,6 +35,7 @@ from kvsmith.pipeline.evaluation.options import (
     sizes,
 )
 from kvsmith.pipeline.model import ModelConfig
+from kvsmith.sizes import cache_bytes
 from kvsmith.spec import CacheSpec
 from tests.micro_model import write_model, write_text
 

@@ -8,7 +8,7 @@ import torch
 from transformers import DynamicCache
 
 from kvsmith.hf import make_cache, observe_kv
-from kvsmith.layout import cache_bytes
+from kvsmith.sizes import cache_bytes
 from kvsmith.spec import NUQ, CacheSpec, CodecSpec, Identity, TensorCodec, TopK, Uniform
 from tests.runtime.models import build, run
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from kvsmith.geometry import LayerGeometry, ModelGeometry
-from kvsmith.layout import bits_per_element, check_geometry, outlier_slots
+from kvsmith.layout import check_geometry, outlier_slots
+from kvsmith.sizes import bits_per_element
 from kvsmith.spec import (
     NUQ,
     CacheSpec,

@@ -7,7 +7,8 @@ import torch
 
 from kvsmith.codec import Codec
 from kvsmith.geometry import LayerGeometry, ModelGeometry
-from kvsmith.layout import DTYPES, cache_bytes
+from kvsmith.layout import DTYPES
+from kvsmith.sizes import cache_bytes
 from kvsmith.spec import NUQ, CacheSpec, CodecSpec, Identity, TensorCodec, TopK, Uniform
 from kvsmith.store import LayerStore
 
