@@ -126,6 +126,7 @@ def attend_store(
             if segment.v_order is not None:
                 part = Partial(_natural(part.out, segment.v_order), part.lse)
             add(i, part)
+        del segment, keys  # before the next chunk is decoded
     new_tokens = k.shape[2]
     for i, r in enumerate(rows):
         # The queries are the last T of the new tokens.
