@@ -32,8 +32,8 @@ from kvsmith.pipeline.calibration.collect import Collect
 from kvsmith.pipeline.calibration.record import RECORD, layer_file
 from kvsmith.pipeline.calibration.summary import report
 from kvsmith.pipeline.codecs import codec_name, load_codec
-from kvsmith.pipeline.config import DebugConfig, output_path
-from kvsmith.pipeline.data import DataConfig, PydocsData, TextfileData, token_blocks, tokens_hash
+from kvsmith.pipeline.config import DebugConfig, input_path, output_path
+from kvsmith.pipeline.data import DataConfig, HubData, PydocsData, token_blocks, tokens_hash
 from kvsmith.pipeline.fit import Sensitivity
 from kvsmith.pipeline.log import LoggerConfig, NoLogger, Run
 from kvsmith.pipeline.model import ModelConfig, load_model
@@ -213,7 +213,8 @@ def _codecs(cfg: CalibrateConfig) -> dict[str, CodecSpec]:
 def _dataset(data: DataConfig) -> tuple[str, str | None]:
     if isinstance(data, PydocsData):
         return data.kind, f"python {platform.python_version()}"
-    assert isinstance(data, TextfileData)
+    if isinstance(data, HubData) and not input_path(data.path).is_dir():
+        return data.path, data.revision
     return Path(data.path).name, None
 
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kvsmith.errors import explain
 from kvsmith.pipeline.calibration import weights_hash
 from kvsmith.pipeline.config import DebugConfig, output_path, repository_root
-from kvsmith.pipeline.data import DataConfig, token_blocks
+from kvsmith.pipeline.data import DataConfig, data_name, token_blocks
 from kvsmith.pipeline.evaluation.candidate import FULL, Candidate
 from kvsmith.pipeline.evaluation.find import (
     baseline_candidates,
@@ -170,7 +170,7 @@ def report(
     log: Run,
 ) -> None:
     """Show the table; write it as Markdown and JSON, and the figures."""
-    title = f"{cfg.model.label} on held-out {cfg.data.kind}"
+    title = f"{cfg.model.label} on held-out {data_name(cfg.data)}"
     lines = protocol(cfg, rows, size, model)
     log.table(title, table.COLUMNS, [table.cells(row) for row in rows])
     for line in (*lines, *table.comparisons(rows)):

@@ -28,7 +28,7 @@ from kvsmith.pipeline.calibration import (
 )
 from kvsmith.pipeline.codecs import codec_name
 from kvsmith.pipeline.config import DebugConfig, config_hash, input_path, output_path
-from kvsmith.pipeline.data import DataConfig, PydocsData, token_blocks, tokens_hash
+from kvsmith.pipeline.data import DataConfig, PydocsData, data_name, token_blocks, tokens_hash
 from kvsmith.pipeline.evaluation.find import shown
 from kvsmith.pipeline.fit import Sensitivity
 from kvsmith.pipeline.fp8_checkpoint import Checkpoint, Weights, model_folder, scales_of
@@ -128,7 +128,7 @@ def write_checkpoint(cfg: ExportConfig, folder: Path, log: Run) -> Path:
         blocks = token_blocks(tokenizer, cfg.data, "calibration", s.samples, s.length, seed=s.seed)
         if tokens_hash(blocks) != s.tokens_hash:
             remedy = "Set data= as it was for calibrate.py, or calibrate again."
-            got = f"other tokens in data={cfg.data.kind}"
+            got = f"other tokens in data={data_name(cfg.data)}"
             raise ValueError(explain("data", "text", f"that of {calibration}", got, remedy))
         return model, blocks
 
@@ -195,7 +195,8 @@ def calibration_folder(cfg: ExportConfig, model: PreTrainedModel | None) -> Path
     if cfg.calibration is not None:
         return input_path(cfg.calibration)
     assert model is not None
-    return find_calibration(output_path(cfg.calibrations), cfg.model, model)
+    codec = cfg.codec if cfg.format == "bundle" else None
+    return find_calibration(output_path(cfg.calibrations), cfg.model, model, codec)
 
 
 def identity(bundle: Bundle) -> str:

@@ -169,7 +169,8 @@ def find_calibration(
             return path.parent
         others += 1
     got = f"{others} of other weights, shape or sinks" if others else "none"
-    remedy = f"Run `python calibrate.py model={cfg.label}`."
+    sinks = f" sinks={codec.sinks}" if codec is not None and others else ""
+    remedy = f"Run `python calibrate.py model={cfg.label}{sinks}`."
     where = str(root / cfg.label)
     raise FileNotFoundError(explain(where, "folder", "one with a calibration", got, remedy))
 

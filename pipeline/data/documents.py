@@ -7,14 +7,16 @@ beside this, a member of `DataConfig`, a branch below and a YAML file in `conf/d
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import get_args
 
 from kvsmith.errors import explain
+from kvsmith.pipeline.data.hub import HubData, hub_documents
 from kvsmith.pipeline.data.pydocs import PydocsData, pydocs_documents
 from kvsmith.pipeline.data.split import Split
 from kvsmith.pipeline.data.textfile import TextfileData, textfile_documents
 
-DataConfig = PydocsData | TextfileData
+DataConfig = PydocsData | TextfileData | HubData
 
 
 def load_documents(cfg: DataConfig, split: Split) -> Iterator[str]:
@@ -25,7 +27,7 @@ def load_documents(cfg: DataConfig, split: Split) -> Iterator[str]:
         split: train, calibration or heldout; disjoint by content.
 
     Yields:
-        Non-empty texts of bounded length; long documents arrive in pieces.
+        Non-empty texts; long documents of one's own files arrive in pieces, those of the hub whole.
 
     Raises:
         FileNotFoundError, ValueError: the source is missing or broken, or the split is unknown.
@@ -34,9 +36,17 @@ def load_documents(cfg: DataConfig, split: Split) -> Iterator[str]:
         raise ValueError(
             explain("split", "value", f"one of {', '.join(get_args(Split))}", repr(split))
         )
-    documents = (
-        pydocs_documents(cfg, split)
-        if isinstance(cfg, PydocsData)
-        else textfile_documents(cfg, split)
-    )
-    yield from (text for text in documents if text.strip())
+    yield from (text for text in _documents(cfg, split) if text.strip())
+
+
+def _documents(cfg: DataConfig, split: Split) -> Iterator[str]:
+    if isinstance(cfg, PydocsData):
+        return pydocs_documents(cfg, split)
+    if isinstance(cfg, TextfileData):
+        return textfile_documents(cfg, split)
+    return hub_documents(cfg, split)
+
+
+def data_name(cfg: DataConfig) -> str:
+    """A word for tables and messages: the kind of text, or the last part of a dataset's name."""
+    return Path(cfg.path).name if isinstance(cfg, HubData) else cfg.kind

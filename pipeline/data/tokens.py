@@ -5,19 +5,19 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Iterable, Iterator
-from itertools import islice
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from kvsmith.errors import explain
-from kvsmith.pipeline.data.documents import DataConfig, load_documents
+from kvsmith.pipeline.data.documents import DataConfig, data_name, load_documents
 from kvsmith.pipeline.data.split import Split
 
 # Random windows come from the first POOL x n of the split: a huge corpus is not read to its end.
 POOL = 16
-BATCH = 256
+BATCH = 256  # documents tokenized at once
+BATCH_CHARS = 2**20  # fewer of them where they are long
 
 
 def token_blocks(
@@ -57,7 +57,7 @@ def token_blocks(
     needed = length if n is None else n * length
     if len(tokens) < needed:
         shape = f"{needed} tokens ({n or 1} x {length})"
-        got = f"{len(tokens)} in the {split} split of data={cfg.kind}"
+        got = f"{len(tokens)} in the {split} split of data={data_name(cfg)}"
         raise ValueError(
             explain(
                 "data",
@@ -109,6 +109,13 @@ def tokens_hash(tokens: Tensor) -> str:
 
 
 def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
-    source = iter(documents)
-    while batch := list(islice(source, BATCH)):
+    batch: list[str] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += len(document)
+        if len(batch) == BATCH or size >= BATCH_CHARS:
+            yield batch
+            batch, size = [], 0
+    if batch:
         yield batch

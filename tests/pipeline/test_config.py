@@ -44,6 +44,8 @@ def test_every_option_of_every_group_parses(group: str) -> None:
     assert _options(group)
     for option in _options(group):
         extra = ["data.path=x.txt"] if option == "textfile" else []
+        if option == "hub":
+            extra = ["data.path=a/b", "data.train=x", "data.heldout=y"]
         load(TrainConfig, "train", [f"{group}={option}", *extra])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -185,3 +186,17 @@ def test_the_script_runs_and_ends_in_one_line_where_it_cannot(place: Path) -> No
     command += ["model.path=nowhere"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_the_calibration_with_the_sinks_of_the_codec_is_taken(place: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(place / "calibration", tmp_path / "calibration"))
+    given = [f"model.path={place}/micro", "data=textfile", f"data.path={place}/text.txt"]
+    given += ["samples=8", "length=64", f"folder={folder}", "codecs=[]", "sinks=0"]
+    newer = calibrate.run(load(calibrate.CalibrateConfig, "calibrate", given), tmp_path / "logs")
+    (older,) = (p.parent for p in folder.glob("micro/*/calibration.json") if p.parent != newer)
+    codec = ["codec=kvquant_nuq3_o1", f"calibrations={folder}", f"bundles={tmp_path}/bundles"]
+    for sinks, used in ((4, older), (0, newer)):
+        exported(place, *codec, f"codec.sinks={sinks}")
+        assert len([*(used / "parameters").glob("*/*.safetensors")]) >= 2
+    with pytest.raises(FileNotFoundError, match=r"got 2 of other.*model=micro sinks=2`"):
+        exported(place, *codec, "codec.sinks=2")
