@@ -256,7 +256,7 @@ class EvictingStore:
         for codec in self.codecs:
             yield from (("parameters", t) for t in codec.tensors())
         if self.state is not None:
-            yield from (("state", t) for t in self.state.tensors())
+            yield from self.state.tensors()
 
 
 def _hand_on(pool: Tokens, lost: torch.Tensor, fold: Fold) -> None:

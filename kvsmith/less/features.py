@@ -6,8 +6,8 @@ and cannot overflow.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,28 +17,38 @@ from kvsmith.less.spec import Exponential, Features
 # Features below this count as this: log needs a floor, and the paper's code uses it.
 FLOOR = 1e-6
 
-Tensors = Mapping[str, torch.Tensor]
 
-
-class FeatureMap(Protocol):
-    """Queries and keys to logarithms of positive features."""
-
-    def log_phi(self, q: torch.Tensor, /) -> torch.Tensor:
-        """[B, Hq, T, D] -> [B, Hq, T, R] float32."""
-
-    def log_psi(self, k: torch.Tensor, /) -> torch.Tensor:
-        """[B, H, T, D] -> [B, H, T, R] float32."""
-
-
-class ExponentialMap:
-    """See `spec.Exponential`.
+class FeatureMap(ABC):
+    """Queries and keys to logarithms of positive features.
 
     Args:
         tensors: as `less_tensors` names them.
     """
 
-    def __init__(self, tensors: Tensors) -> None:
-        self._t = tensors
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self.tensors = dict(tensors)
+
+    def to(self, device: torch.device) -> None:
+        """Move the tensors to a device."""
+        self.tensors = {name: t.to(device) for name, t in self.tensors.items()}
+
+    @abstractmethod
+    def log_phi(
+        self,
+        q: torch.Tensor,
+    ) -> torch.Tensor:
+        """[B, Hq, T, D] -> [B, Hq, T, R] float32."""
+
+    @abstractmethod
+    def log_psi(
+        self,
+        k: torch.Tensor,
+    ) -> torch.Tensor:
+        """[B, H, T, D] -> [B, H, T, R] float32."""
+
+
+class ExponentialMap(FeatureMap):
+    """See `spec.Exponential`."""
 
     def log_phi(self, q: torch.Tensor) -> torch.Tensor:
         """See `FeatureMap`."""
@@ -49,19 +59,12 @@ class ExponentialMap:
         return self._logits(k, "psi")
 
     def _logits(self, x: torch.Tensor, side: str) -> torch.Tensor:
-        weight, bias = self._t[f"{side}.weight"], self._t[f"{side}.bias"]
+        weight, bias = self.tensors[f"{side}.weight"], self.tensors[f"{side}.bias"]
         return x.float() @ (weight * weight.shape[1] ** -0.5) + bias[:, None]
 
 
-class MLPMap:
-    """See `spec.MLP`; no biases, dropout left to training.
-
-    Args:
-        tensors: as `less_tensors` names them.
-    """
-
-    def __init__(self, tensors: Tensors) -> None:
-        self._t = tensors
+class MLPMap(FeatureMap):
+    """See `spec.MLP`; no biases, dropout left to training."""
 
     def log_phi(self, q: torch.Tensor) -> torch.Tensor:
         """See `FeatureMap`."""
@@ -69,16 +72,16 @@ class MLPMap:
 
     def log_psi(self, k: torch.Tensor) -> torch.Tensor:
         """See `FeatureMap`."""
-        t = self._t
+        t = self.tensors
         a = t["psi.s1"].abs()[:, None] * self._layers(k, "psi")
         return _log((a + a @ t["psi.third"] * t["psi.s2"][:, None]).abs())
 
     def _layers(self, x: torch.Tensor, side: str) -> torch.Tensor:
-        hidden = F.gelu(x.float() @ self._t[f"{side}.first"])
-        return F.gelu(hidden @ self._t[f"{side}.second"])
+        hidden = F.gelu(x.float() @ self.tensors[f"{side}.first"])
+        return F.gelu(hidden @ self.tensors[f"{side}.second"])
 
 
-def feature_map(features: Features, tensors: Tensors) -> FeatureMap:
+def feature_map(features: Features, tensors: Mapping[str, torch.Tensor]) -> FeatureMap:
     """The map that a spec names, with its trained tensors."""
     return ExponentialMap(tensors) if isinstance(features, Exponential) else MLPMap(tensors)
 

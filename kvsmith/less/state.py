@@ -46,6 +46,7 @@ class State:
         """Allocate the state for as many rows and heads as `v` [B, H, T, Dv] has."""
         if self.log_z is None:
             B, H, _, D = v.shape
+            self.features.to(v.device)
             self.log_z = v.new_full((B, H, self.rank), float("-inf"), dtype=torch.float32)
             self.values = self._pack(v.new_zeros((B, H, self.rank, D), dtype=torch.float32))
 
@@ -103,7 +104,8 @@ class State:
             self.log_z = change(self.log_z)
             self.values = tuple(change(t) for t in self.values)
 
-    def tensors(self) -> Iterator[torch.Tensor]:
-        """Every allocated tensor."""
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every tensor as (state | parameters, tensor)."""
         if self.log_z is not None:
-            yield from (self.log_z, *self.values)
+            yield from (("state", t) for t in (self.log_z, *self.values))
+        yield from (("parameters", t) for t in self.features.tensors.values())
