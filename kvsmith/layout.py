@@ -139,10 +139,14 @@ def check_geometry(spec: CacheSpec, geometry: ModelGeometry) -> None:
             16-bit indices, or a state has no layer.
     """
     _check_less(spec, geometry)
+    last = spec.codec.layers[-1].layer if spec.codec.layers else -1
+    if last >= len(geometry.layers):
+        expected = f"below the model's {len(geometry.layers)} layers"
+        raise ValueError(explain("codec.layers", "index", expected, last))
     for i in geometry.owners:
-        layer = geometry.layers[i]
+        layer, sides = geometry.layers[i], spec.codec.at(i)
         for name, dim in (("k", layer.k_dim), ("v", layer.v_dim)):
-            codec: TensorCodec = getattr(spec.codec, name)
+            codec: TensorCodec = getattr(sides, name)
             q = codec.quantizer
             where = f"codec.{name}.quantizer.group_size"
             if (
@@ -239,7 +243,9 @@ class PageLayout:
 def page_layout(
     codec: CodecSpec, layer: LayerGeometry, tokens: int, dense: torch.dtype
 ) -> PageLayout:
-    """Lay out a page of `tokens` tokens of one layer; tensors start at multiples of 16 bytes."""
+    """Lay out a page of `tokens` tokens of one layer, whose codec alone is `codec`; tensors start
+    at multiples of 16 bytes.
+    """
     sides: list[dict[str, Place]] = []
     end = 0
     for part, dim in ((codec.k, layer.k_dim), (codec.v, layer.v_dim)):

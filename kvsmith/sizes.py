@@ -7,7 +7,7 @@ to the byte.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 
@@ -118,21 +118,23 @@ def cache_bytes(
     codec, page = spec.codec, spec.page_size
     evicting = evicting_layers(spec, geometry)
     dense_tokens = codec.sinks + codec.recent + codec.block_size
-    layers = Counter(geometry.layers[i] for i in geometry.owners if i not in evicting)
+    owners = Counter((geometry.layers[i], codec.at(i), i in evicting) for i in geometry.owners)
     body = batch * sum(
-        n * held_pages(codec, page, tokens, g.window) * page_layout(codec, g, page, dense).nbytes
-        for g, n in layers.items()
+        n * held_pages(c, page, tokens, g.window) * page_layout(c, g, page, dense).nbytes
+        for (g, c, evicts), n in owners.items()
+        if not evicts
     )
-    elements = sum(n * g.elements for g, n in layers.items())
+    elements = sum(n * g.elements for (g, _, evicts), n in owners.items() if not evicts)
     windows = batch * dense_tokens * elements * dense.itemsize
     parameters = sum(t.nbytes for t in less_parameters(spec, geometry).values())
-    for g, n in Counter(geometry.layers[i] for i in geometry.owners).items():
-        parameters += n * table_bytes(codec.k, g.kv_heads, g.k_dim)
-        parameters += n * table_bytes(codec.v, g.kv_heads, g.v_dim)
+    for (g, c, _), n in owners.items():
+        parameters += n * table_bytes(c.k, g.kv_heads, g.k_dim)
+        parameters += n * table_bytes(c.v, g.kv_heads, g.v_dim)
     positions = position_rows * -(-tokens // page) * page * torch.int32.itemsize
     total = CacheBytes(body, windows, parameters, positions)
     for index, i in enumerate(evicting):
-        total = total.plus(_evicting_bytes(spec, geometry.layers[i], index, batch, dense))
+        own = replace(spec, codec=codec.at(i))
+        total = total.plus(_evicting_bytes(own, geometry.layers[i], index, batch, dense))
     return total
 
 

@@ -11,7 +11,7 @@ computed online from the data.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from kvsmith.errors import explain
@@ -177,6 +177,21 @@ class TensorCodec:
 
 
 @dataclass(frozen=True)
+class LayerCodec:
+    """How the tokens of one layer are stored, where others do it differently.
+
+    Attributes:
+        layer: its index.
+        k: codec of the keys.
+        v: codec of the values.
+    """
+
+    layer: int
+    k: TensorCodec
+    v: TensorCodec
+
+
+@dataclass(frozen=True)
 class CodecSpec:
     """How the tokens of a layer are stored.
 
@@ -189,6 +204,7 @@ class CodecSpec:
         recent: newest tokens that are always dense.
         block_size: tokens that are encoded at once; up to `recent + block_size - 1` newest tokens
             are dense.
+        layers: layers with codecs of their own, by index; windows, domain and dtype are common.
     """
 
     k: TensorCodec
@@ -198,6 +214,7 @@ class CodecSpec:
     sinks: int = 4
     recent: int = 16
     block_size: int = 16
+    layers: tuple[LayerCodec, ...] = added_later(())
 
     def __post_init__(self) -> None:
         for name, least in (("sinks", 0), ("recent", 0), ("block_size", 1)):
@@ -207,19 +224,36 @@ class CodecSpec:
                         f"codec.{name}", "token count", f"at least {least}", getattr(self, name)
                     )
                 )
+        self._check_groups(self, "codec")
+        least = 0
+        for i, own in enumerate(self.layers):
+            where = f"codec.layers[{i}]"
+            if own.layer < least:
+                raise ValueError(explain(f"{where}.layer", "index", f"at least {least}", own.layer))
+            self._check_groups(own, where)
+            least = own.layer + 1
+
+    def _check_groups(self, sides: CodecSpec | LayerCodec, where: str) -> None:
         for name in ("k", "v"):
-            q = getattr(self, name).quantizer
+            q = getattr(sides, name).quantizer
             if isinstance(q, Identity) or q.axis == "token" or q.group_size is None:
                 continue
             if self.block_size % q.group_size:
                 raise ValueError(
                     explain(
-                        f"codec.{name}.quantizer.group_size",
+                        f"{where}.{name}.quantizer.group_size",
                         "tokens per group",
                         f"a divisor of block_size = {self.block_size}",
                         q.group_size,
                     )
                 )
+
+    def at(self, layer: int) -> CodecSpec:
+        """The codec of one layer, alone."""
+        if not self.layers:
+            return self
+        own = next((c for c in self.layers if c.layer == layer), self)
+        return replace(self, k=own.k, v=own.v, layers=())
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ def make_store(
     Raises:
         ValueError: a parameter is missing or has another shape.
     """
-    shape, codec = geometry.layers[layer], spec.codec
+    shape, codec = geometry.layers[layer], spec.codec.at(layer)
     store, block = DTYPES[codec.store_dtype], codec.block_size
     evicts = layer in evicting_layers(spec, geometry)
     k, v = (

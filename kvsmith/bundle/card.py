@@ -42,6 +42,7 @@ def model_card(manifest: Manifest) -> str:
         "|---|---|",
         f"| keys | {describe(codec.k)}, {codec.key_domain}-RoPE |",
         f"| values | {describe(codec.v)} |",
+        *_own_layers(manifest),
         f"| dense | the first {codec.sinks} tokens and the newest {_newest(manifest)} |",
         f"| model | {layers} |",
         "",
@@ -96,6 +97,12 @@ def _newest(manifest: Manifest) -> str:
     if codec.block_size == 1:
         return str(codec.recent)
     return f"{codec.recent} to {codec.recent + codec.block_size - 1}"
+
+
+def _own_layers(manifest: Manifest) -> list[str]:
+    """A row for each layer with codecs of its own."""
+    rows = ((own.layer, describe(own.k), describe(own.v)) for own in manifest.cache.codec.layers)
+    return [f"| layer {i} | keys {k}; values {v} |" for i, k, v in rows]
 
 
 def _sizes(manifest: Manifest) -> list[str]:

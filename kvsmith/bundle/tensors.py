@@ -132,9 +132,9 @@ def _parts(
 ) -> Iterator[tuple[int, str, TensorCodec, int, int]]:
     """(layer, "k" or "v", codec, heads, dim) of everything that stores tokens."""
     for i in geometry.owners:
-        layer = geometry.layers[i]
-        yield i, "k", spec.codec.k, layer.kv_heads, layer.k_dim
-        yield i, "v", spec.codec.v, layer.kv_heads, layer.v_dim
+        layer, codec = geometry.layers[i], spec.codec.at(i)
+        yield i, "k", codec.k, layer.kv_heads, layer.k_dim
+        yield i, "v", codec.v, layer.kv_heads, layer.v_dim
 
 
 def _check_values(codec: TensorCodec, own: Mapping[str, torch.Tensor], where: str) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
+from kvsmith.bundle import expected_tensors
 from kvsmith.errors import explain
-from kvsmith.layout import parameter_tensors
 from kvsmith.pipeline.calibration.record import Record, layer_file, read_record, read_statistics
 from kvsmith.pipeline.codecs import codec_name
 from kvsmith.pipeline.fit import Sensitivity, fit_codec
@@ -25,20 +25,14 @@ from kvsmith.pipeline.stage import (
     write_safetensors,
 )
 from kvsmith.pipeline.statistics import LayerStatistics
-from kvsmith.spec import CodecSpec
+from kvsmith.spec import CacheSpec, CodecSpec
 
 FIT_VERSION = 1  # raised when the same statistics give other parameters
 
 
 def owns_parameters(codec: CodecSpec, record: Record) -> bool:
     """Whether a codec has anything to fit in this model."""
-    base = record.source.base_model
-    layers = [base.layers[i] for i in base.geometry.owners]
-    return any(
-        parameter_tensors(codec.k, g.kv_heads, g.k_dim)
-        or parameter_tensors(codec.v, g.kv_heads, g.v_dim)
-        for g in layers
-    )
+    return bool(expected_tensors(CacheSpec(codec), record.source.base_model.geometry))
 
 
 def fit_stages(
@@ -59,7 +53,8 @@ def fit_stages(
         _check_sinks(name, codec, record)
     for layer in record.source.base_model.geometry.owners:
         stats = cache(lambda layer=layer: read_statistics(folder, record, layer))
-        for name, codec in codecs.items():
+        for name, whole in codecs.items():
+            codec = whole.at(layer)
             target = f"parameters/{name}/{layer_file(layer)}"
 
             def run(stats=stats, codec=codec, target=target) -> None:

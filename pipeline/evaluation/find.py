@@ -9,9 +9,10 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 import kvsmith
+from kvsmith.bundle import expected_tensors
 from kvsmith.errors import explain
 from kvsmith.hf import geometry
-from kvsmith.layout import check_geometry, parameter_tensors
+from kvsmith.layout import check_geometry
 from kvsmith.pipeline.codecs import load_codec
 from kvsmith.pipeline.config import input_path, output_path
 from kvsmith.pipeline.evaluation.candidate import Candidate
@@ -101,10 +102,7 @@ def baseline_candidates(names: Sequence[str], model: PreTrainedModel) -> list[Ca
     candidates = []
     for name in names:
         spec = CacheSpec(load_codec(name, "baselines"))
-        layer = shape.layers[shape.owners[0]]
-        if parameter_tensors(spec.codec.k, layer.kv_heads, layer.k_dim) or parameter_tensors(
-            spec.codec.v, layer.kv_heads, layer.v_dim
-        ):
+        if expected_tensors(spec, shape):
             remedy = "Export a bundle and evaluate that."
             raise ValueError(
                 explain("baselines", "codec", "one that needs no calibration", repr(name), remedy)

@@ -74,7 +74,7 @@ def read_codebooks(candidate: Candidate, folder: Path) -> list[Codebook]:
     books = []
     for layer in sorted(shown):
         stats = read_statistics(folder, record, layer)
-        for name, codec in tensor_codecs(candidate.spec.codec):
+        for name, codec in tensor_codecs(candidate.spec.codec.at(layer)):
             lut = candidate.parameters.get(f"layers.{layer}.{name}.lut")
             if lut is None:
                 continue

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kvsmith.errors import explain
-from kvsmith.spec import NUQ, CodecSpec, Identity, TensorCodec
+from kvsmith.spec import NUQ, CodecSpec, Identity, LayerCodec, TensorCodec
 
 TensorName = Literal["k", "v"]
 
@@ -116,7 +116,8 @@ def plan_for(
     channels: dict[str, bool] = {"k": True, "v": False}
     tokens: dict[str, set[TokenView]] = {"k": set(), "v": {TokenView(f) for f in fractions}}
     for codec in codecs:
-        for name, part in (("k", codec.k), ("v", codec.v)):
+        sides: list[CodecSpec | LayerCodec] = [codec, *codec.layers]
+        for name, part in (pair for own in sides for pair in (("k", own.k), ("v", own.v))):
             need = needs(part)
             if isinstance(need, TokenView):
                 tokens[name].add(need)
