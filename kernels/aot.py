@@ -1,0 +1,211 @@
+"""Compile every kernel for every target without a GPU, and read what it takes from the binary.
+
+An op's `triton.py` offers `variants() -> list[Variant]`: each kernel with the argument types and
+constants that its launcher uses. `compile_variant` compiles one for a target and reads registers,
+spills and shared memory: from a cubin with the `cuobjdump` that the triton package carries, from an
+hsaco with its metadata. A kernel that spills or needs more shared memory than the device has is an
+error that no GPU is needed to see.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+KIB = 1024
+
+
+@dataclass(frozen=True)
+class Target:
+    """A device to compile for.
+
+    Attributes:
+        name: as in the table.
+        backend, arch, warp: what triton's GPUTarget takes.
+        shared_limit: bytes of shared memory (LDS) that one program may use.
+    """
+
+    name: str
+    backend: str
+    arch: int | str
+    warp: int
+    shared_limit: int
+
+
+# A block on CUDA gets the SM's shared memory (164 and 228 KiB) less 1 KiB that the system keeps.
+TARGETS = (
+    Target("sm_80", "cuda", 80, 32, 163 * KIB),
+    Target("sm_90", "cuda", 90, 32, 227 * KIB),
+    Target("sm_100", "cuda", 100, 32, 227 * KIB),
+    Target("gfx942", "hip", "gfx942", 64, 64 * KIB),
+)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A kernel as a launcher would compile it.
+
+    Attributes:
+        op: folder of the op.
+        name: what tells it from the op's other variants.
+        kernel: the function under `triton.jit`.
+        signature: type of every argument that is no constant, e.g. "*fp16", "i32"; ":16" at the end
+            says that the pointer or number is a multiple of 16.
+        constexprs: value of every constant argument.
+        num_warps, num_stages: options of the launch.
+    """
+
+    op: str
+    name: str
+    kernel: Any
+    signature: Mapping[str, str]
+    constexprs: Mapping[str, Any] = field(default_factory=dict)
+    num_warps: int = 4
+    num_stages: int = 2
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a compiled kernel takes.
+
+    Attributes:
+        op, name, target: which kernel, for which device.
+        registers: 32-bit registers a thread.
+        spills: CUDA: bytes of stack and local memory a thread; gfx942: the same bytes plus spilled
+            registers.
+        shared: bytes of shared memory (LDS) a program.
+        limit: bytes of it that the device offers.
+    """
+
+    op: str
+    name: str
+    target: str
+    registers: int
+    spills: int
+    shared: int
+    limit: int
+
+    @property
+    def fault(self) -> str:
+        """What is wrong with the kernel; empty where nothing is."""
+        if self.spills:
+            return "spills"
+        return "shared memory" if self.shared > self.limit else ""
+
+
+def all_variants() -> list[Variant]:
+    """Variants of every op that has a Triton kernel."""
+    folders = sorted(p.parent.name for p in Path(__file__).parent.glob("*/triton.py"))
+    modules = [importlib.import_module(f"kvsmith.kernels.{name}.triton") for name in folders]
+    return [v for m in modules if hasattr(m, "variants") for v in m.variants()]
+
+
+def cover(variants: Sequence[Variant]) -> list[tuple[Variant, Target]]:
+    """A quarter of all pairs: each variant for one target, and each kernel's first for every one."""
+    firsts: dict[Any, Variant] = {}
+    for variant in variants:
+        firsts.setdefault(variant.kernel, variant)
+    return [
+        (variant, target)
+        for i, variant in enumerate(variants)
+        for j, target in enumerate(TARGETS)
+        if i % len(TARGETS) == j or firsts[variant.kernel] is variant
+    ]
+
+
+def compile_all(pairs: Sequence[tuple[Variant, Target]]) -> Iterator[Resources]:
+    """Compile in a cache that is thrown away, so that a stale binary cannot pass."""
+    from triton import knobs
+
+    with tempfile.TemporaryDirectory() as folder, knobs.cache.scope():
+        knobs.cache.dir = folder
+        for variant, target in pairs:
+            yield compile_variant(variant, target)
+
+
+def compile_variant(variant: Variant, target: Target) -> Resources:
+    """Compile one kernel for one target and read what it takes."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = list(variant.kernel.arg_names)
+    types = {name: kind.removesuffix(":16") for name, kind in variant.signature.items()}
+    types |= dict.fromkeys(variant.constexprs, "constexpr")
+    attributes = {
+        (names.index(name),): [["tt.divisibility", 16]]
+        for name, kind in variant.signature.items()
+        if kind.endswith(":16")
+    }
+    source = ASTSource(
+        variant.kernel, {n: types[n] for n in names}, dict(variant.constexprs), attributes
+    )
+    binary = triton.compile(
+        source,
+        target=GPUTarget(target.backend, target.arch, target.warp),
+        options={"num_warps": variant.num_warps, "num_stages": variant.num_stages},
+    )
+    read = _read_cubin if target.backend == "cuda" else _read_amdgcn
+    registers, spills, static = read(binary.asm)
+    shared = max(static, binary.metadata.shared)
+    return Resources(
+        variant.op, variant.name, target.name, registers, spills, shared, target.shared_limit
+    )
+
+
+def _read_cubin(asm: Mapping[str, Any]) -> tuple[int, int, int]:
+    """(registers, bytes of stack and local memory, static shared bytes)."""
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(asm["cubin"])
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    used = {
+        name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", text)
+    }
+    return used["REG"], used["STACK"] + used["LOCAL"], used["SHARED"]
+
+
+def _read_amdgcn(asm: Mapping[str, Any]) -> tuple[int, int, int]:
+    """(vector registers, scratch bytes and spilled registers, static LDS bytes)."""
+    used = {
+        name: int(value)
+        for name, value in re.findall(r"^\s+\.(\w+):\s+(\d+)$", asm["amdgcn"], re.MULTILINE)
+    }
+    spills = used["private_segment_fixed_size"]
+    spills += used["vgpr_spill_count"] + used["sgpr_spill_count"]
+    return used["vgpr_count"], spills, used["group_segment_fixed_size"]
+
+
+def table(rows: Sequence[Resources]) -> str:
+    """The rows as text, faults last in their line."""
+    head = ("op", "variant", "target", "registers", "spills", "shared", "limit", "")
+    lines = [head] + [
+        (
+            r.op,
+            r.name,
+            r.target,
+            str(r.registers),
+            str(r.spills),
+            str(r.shared),
+            str(r.limit),
+            r.fault,
+        )
+        for r in rows
+    ]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(w) if i < 3 or i == 7 else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )

@@ -1,0 +1,43 @@
+"""Every kernel compiles for every target, without spills and within shared memory."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from kvsmith.kernels.aot import TARGETS, Variant, cover, table
+from tests.conftest import ROOT
+
+
+def _run(*command):
+    """A process of its own: what the interpreter runs cannot be compiled."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    run = [sys.executable, "-m", *command]
+    return subprocess.run(run, cwd=ROOT, env=env, capture_output=True, text=True, timeout=500)
+
+
+@pytest.mark.slow
+def test_spills_and_shared_memory_are_read_from_the_binary():
+    done = _run("tests.kernels.aot_samples", "sm_80", "gfx942")
+    assert done.returncode == 0, done.stderr
+    rows = {(r["name"], r["target"]): r for r in json.loads(done.stdout)}
+    for target in TARGETS:
+        row = rows["fine", target.name]
+        assert not row["fault"] and 0 < row["registers"] < 64
+    for target in ("sm_80", "gfx942"):
+        row = rows["spills", target]
+        assert row["fault"] == "spills" and row["spills"] > 0 and row["registers"] >= 64
+    # 6 stages of two tiles of 128 x 128 halves; triton keeps one stage fewer than it is told.
+    row = rows["shared", "sm_80"]
+    assert row["fault"] == "shared memory" and 5 * 65536 <= row["shared"] <= 6 * 65536
+
+
+def test_the_cover_has_every_variant_and_every_kernel_for_every_target():
+    variants = [Variant("op", str(i), "abc"[i % 3], {}) for i in range(9)]
+    pairs = cover(variants)
+    assert {v.name for v, _ in pairs} == {v.name for v in variants}
+    assert {(v.kernel, t.name) for v, t in pairs} == {(k, t.name) for k in "abc" for t in TARGETS}
+    assert len(pairs) < len(variants) * len(TARGETS)
+    assert "registers" in table([])
