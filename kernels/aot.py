@@ -107,7 +107,7 @@ def all_variants() -> list[Variant]:
 
 
 def cover(variants: Sequence[Variant]) -> list[tuple[Variant, Target]]:
-    """A quarter of all pairs: each variant for one target, and each kernel's first for every one."""
+    """A quarter of all pairs: each variant for one target, each kernel's first for every one."""
     firsts: dict[Any, Variant] = {}
     for variant in variants:
         firsts.setdefault(variant.kernel, variant)

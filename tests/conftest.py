@@ -31,6 +31,9 @@ ROOT = Path(__file__).resolve().parents[1]
 hypothesis.settings.register_profile("kvsmith", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("kvsmith")
 torch.set_num_threads(1)
+# Before the first import of triton: without a GPU its kernels run in the interpreter.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
