@@ -42,7 +42,7 @@ from kvsmith.pipeline.statistics import plan_for
 from kvsmith.spec import CacheSpec, CodecSpec
 
 CALIBRATIONS = "artifacts/calibration"
-STATISTICS_VERSION = 1  # raised when the same tokens give other statistics
+STATISTICS_VERSION = 2  # raised when the same tokens give other statistics
 
 
 @dataclass(frozen=True)

@@ -2,48 +2,27 @@
 
 from __future__ import annotations
 
-import shutil
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvsmith.errors import explain
 from kvsmith.pipeline.calibration.record import RECORD, Record, Source, layer_file
-from kvsmith.pipeline.log import Run
-from kvsmith.pipeline.model import input_device
-from kvsmith.pipeline.stage import (
-    Stop,
-    digest,
-    file_hash,
-    read_json,
-    read_safetensors,
-    write_json,
-    write_safetensors,
-)
-from kvsmith.pipeline.statistics import LayerStatistics
+from kvsmith.pipeline.calibration.store import BUDGET, Store
+from kvsmith.pipeline.log import Progress, Run
+from kvsmith.pipeline.memory import activation_bytes, is_out_of_memory
+from kvsmith.pipeline.stage import Stop, digest, write_json, write_safetensors
 from kvsmith.pipeline.statistics.plan import TensorName
 from kvsmith.pipeline.taps import Taps, frozen
 from kvsmith.version import __version__
 
 SHARE = 20  # writing checkpoints takes at most one part in so many of the time
-
-
-@dataclass
-class Progress:
-    """How far a pass has come.
-
-    Attributes:
-        batches: finished.
-        loss: sum over these of their mean loss times their sequences, nats.
-        layers: statistics by layer that owns its tokens.
-    """
-
-    batches: int
-    loss: float
-    layers: dict[int, LayerStatistics]
+ACTIVATIONS = 2**30  # bytes that may stay for the backward pass; beyond, layers run twice
 
 
 @dataclass
@@ -58,6 +37,10 @@ class Collect:
         checkpoint_seconds: time between checkpoints.
         log: tells the progress.
         stop: asks to leave.
+        budget: bytes of statistics in host memory, beside the layer in hand.
+        done: finished sequences.
+        batch_size: sequences of the next batch; halves when memory runs out.
+        loss: sum over finished sequences of their mean loss, nats.
     """
 
     folder: Path
@@ -67,103 +50,126 @@ class Collect:
     checkpoint_seconds: float
     log: Run
     stop: Stop
+    budget: int = BUDGET
+    done: int = field(default=0, init=False)
+    batch_size: int = field(default=0, init=False)
+    loss: float = field(default=0.0, init=False)
     _saved: float = field(default=0.0, init=False)
     _pause: float = field(default=0.0, init=False)
+
+    def __post_init__(self) -> None:
+        base = self.source.base_model
+        layers = {i: base.layers[i] for i in base.geometry.owners}
+        self.store = Store(self.folder / "checkpoint", self.source.plan, layers, self.budget)
+        self.batch_size = self.source.batch_size
 
     def run(self) -> None:
         """Run to the end, from the last checkpoint if there is one.
 
         Raises:
             SystemExit: 143 after SIGTERM, with a checkpoint written.
-            ValueError: an activation or gradient is not finite.
+            ValueError: an activation or gradient is not finite, or one sequence is too much for
+                the memory there is.
         """
-        progress, device = self._restore(), input_device(self.model)
-        batches = self.tokens.split(self.source.batch_size)
-
-        def consume(layer: int, name: TensorName, values: Tensor, fisher: Tensor | None) -> None:
-            # A model may lie on several devices; the statistics lie on one.
-            values, fisher = values.to(device), None if fisher is None else fisher.to(device)
-            progress.layers[layer].update(name, values, fisher)
-
-        taps = Taps(self.model, consume, self.source.sinks, self.source.plan.fisher)
+        self._restore()
         self._saved, self._pause = time.monotonic(), self.checkpoint_seconds
         with (
             frozen(self.model),
-            self.log.progress(len(batches), "collect", progress.batches) as bar,
+            self.log.progress(len(self.tokens), "collect", self.done) as bar,
         ):
-            for batch in batches[progress.batches :]:
-                loss = taps.run(batch)
-                progress.loss += loss * len(batch)
-                progress.batches += 1
-                bar.advance(1, loss=loss)
-                self._between(progress, len(batches))
-        self._finish(progress)
+            while self.done < len(self.tokens):
+                self._step(bar)
+        self._finish()
 
-    def _between(self, progress: Progress, total: int) -> None:
-        """What is done after a batch: a checkpoint when it is time, or asked for."""
+    def _step(self, bar: Progress) -> None:
+        """One batch, and a checkpoint when it is time or asked for."""
+        batch = self.tokens[self.done : self.done + self.batch_size]
+        try:
+            loss = self._batch(batch)
+        except SystemExit:
+            self._save()
+            raise
+        if loss is None:
+            return
+        self.loss += loss * len(batch)
+        self.done += len(batch)
+        bar.advance(len(batch), loss=loss)
         due = time.monotonic() - self._saved >= self._pause
-        if self.stop.asked or (due and progress.batches < total):
-            self._save(progress)
+        if self.stop.asked or (due and self.done < len(self.tokens)):
+            self._save()
         self.stop.leave_if_asked()
 
-    @property
-    def _checkpoint(self) -> Path:
-        return self.folder / "checkpoint"
+    def _batch(self, batch: Tensor) -> float | None:
+        """Mean loss of a batch, all layers updated; None if memory ran out and the next is half.
 
-    def _save(self, progress: Progress) -> None:
+        Layers that were updated before that happened pass over these sequences when they come
+        again.
+        """
+        taken: Counter[tuple[int, str]] = Counter()
+
+        def consume(layer: int, name: TensorName, values: Tensor, fisher: Tensor | None) -> None:
+            number = self.done + taken[layer, name]
+            taken[layer, name] += 1
+            self.store.update(layer, name, number, values, fisher)
+
+        twice = activation_bytes(self.model, batch.numel()) > ACTIVATIONS
+        taps = Taps(
+            self.model,
+            consume,
+            self.source.sinks,
+            self.source.plan.fisher,
+            recompute=twice,
+            spill=self.store.folder if twice else None,
+            breathe=self.stop.leave_if_asked,
+        )
+        try:
+            return taps.run(batch)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            self._halve(len(batch), error)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return None
+
+    def _halve(self, size: int, error: BaseException) -> None:
+        if size == 1:
+            length = self.tokens.shape[1]
+            remedy = "Use a smaller length, or model.dtype=bfloat16."
+            raise ValueError(
+                explain("length", "sequence", "small enough for the memory", length, remedy)
+            ) from error
+        self.batch_size = size // 2
+        self.log.say(f"out of memory with batch_size={size}; going on with {self.batch_size}")
+
+    def _save(self) -> None:
         began = time.monotonic()
-        name = f"batch-{progress.batches:06d}.safetensors"
-        tensors = {
-            f"{layer}/{key}": tensor
-            for layer, stats in progress.layers.items()
-            for key, tensor in stats.state_dict().items()
-        }
-        write_safetensors(self._checkpoint / name, tensors)
         facts = {
             "source": digest(self.source),
-            "file": name,
-            "sha256": file_hash(self._checkpoint / name),
-            "batches": progress.batches,
-            "loss": progress.loss,
+            "done": self.done,
+            "batch_size": self.batch_size,
+            "loss": self.loss,
         }
-        write_json(self._checkpoint / "checkpoint.json", facts)
-        for old in self._checkpoint.glob("batch-*.safetensors"):
-            if old.name != name:
-                old.unlink()
+        self.store.save(facts)
         self._saved = time.monotonic()
         self._pause = max(self.checkpoint_seconds, SHARE * (self._saved - began))
 
-    def _restore(self) -> Progress:
-        base, plan = self.source.base_model, self.source.plan
-        device = input_device(self.model)
-        layers = {i: LayerStatistics(plan, base.layers[i], device) for i in base.geometry.owners}
-        found = self._checkpoint / "checkpoint.json"
-        if not found.is_file():
-            return Progress(0, 0.0, layers)
-        facts = read_json(found)
-        path = self._checkpoint / str(facts.get("file"))
-        if facts.get("source") != digest(self.source) or not path.is_file():
-            return Progress(0, 0.0, layers)
-        if file_hash(path) != facts.get("sha256"):
-            remedy = f"Delete {self._checkpoint} to start again."
-            raise ValueError(explain(str(path), "checkpoint", "as written", "changed", remedy))
-        tensors = read_safetensors(path)
-        for layer, stats in layers.items():
-            prefix = f"{layer}/"
-            own = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
-            stats.load_state_dict(own)
-        self.log.say(f"resumed after batch {facts['batches']}")
-        return Progress(int(facts["batches"]), float(facts["loss"]), layers)
+    def _restore(self) -> None:
+        facts = self.store.restore(digest(self.source))
+        if facts is not None:
+            self.done, self.batch_size = int(facts["done"]), int(facts["batch_size"])
+            self.loss = float(facts["loss"])
+            self.log.say(f"resumed after {self.done} sequences")
 
-    def _finish(self, progress: Progress) -> None:
-        for layer, stats in progress.layers.items():
+    def _finish(self) -> None:
+        for layer in self.store.layers:
             path = self.folder / "statistics" / f"{layer_file(layer)}.safetensors"
-            write_safetensors(path, stats.state_dict())
-        loss = progress.loss / len(self.tokens)
+            write_safetensors(path, self.store.load(layer).state_dict())
+        loss = self.loss / len(self.tokens)
         program = f"kvsmith {__version__}"
         record = Record("kvsmith-calibration", 1, program, self.source, loss)
         write_json(self.folder / RECORD, record)
 
     def clear(self) -> None:
         """Remove checkpoints; for after the stage is marked as finished."""
-        shutil.rmtree(self._checkpoint, ignore_errors=True)
+        self.store.clear()

@@ -91,6 +91,11 @@ class LayerStatistics:
             f"{prefix}.{key}": t for prefix, s in self._all() for key, t in s.state_dict().items()
         }
 
+    def tensors(self) -> Iterator[Tensor]:
+        """The tensors as they are, on their own device."""
+        for _, statistic in self._all():
+            yield from (t for t in vars(statistic).values() if isinstance(t, Tensor))
+
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore what `state_dict` gave.
 
