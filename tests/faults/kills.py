@@ -105,9 +105,16 @@ def watch(pid: int, work: Path, seconds: float | None = None) -> int:
 
 def look(work: Path) -> None:
     """A reader: every bundle and every file under its own name is whole."""
-    for bundle in _visible(work / "bundles" / "micro"):
-        kvsmith.load(bundle)
-    for path in _visible(work / "calibration", "**/*.*"):
+    bundles = work / "bundles" / "micro"
+    for name in os.listdir(bundles) if bundles.is_dir() else ():
+        if not name.startswith("."):
+            kvsmith.load(bundles / name)
+    # os.walk passes over folders that go meanwhile
+    for path in [
+        Path(at) / name for at, _, names in os.walk(work / "calibration") for name in names
+    ]:
+        if path.name.startswith("."):
+            continue
         try:
             if path.suffix == ".json":
                 read_json(path)
@@ -115,11 +122,6 @@ def look(work: Path) -> None:
                 safetensors.torch.load(path.read_bytes())
         except FileNotFoundError:  # a checkpoint that was replaced meanwhile
             continue
-
-
-def _visible(folder: Path, pattern: str = "*") -> list[Path]:
-    found = folder.glob(pattern) if folder.is_dir() else ()
-    return [p for p in found if not p.name.startswith(".")]
 
 
 def contents(work: Path) -> dict[str, bytes]:
@@ -155,15 +157,18 @@ def campaign(place: Path, count: int, seed: int) -> dict[str, int]:
         rng = random.Random(f"{seed}/{i}")
         work = place / f"case-{i}"
         job = commands(place, work)
-        if i % 2:
-            kind = "call"
-            wire = Tripwire(rng.randrange(calls), rng.choice(PHASES))
-            status = watch(worker(job, wire), work)
-        else:
-            kind = "time"
-            status = watch(worker(job, None), work, rng.uniform(0, seconds))
-        died = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
-        tally[kind if died else "too late"] += 1
+        kind = "call" if i % 2 else "time"
+        while True:
+            if kind == "call":
+                wire = Tripwire(rng.randrange(calls), rng.choice(PHASES))
+                status = watch(worker(job, wire), work)
+            else:
+                status = watch(worker(job, None), work, rng.uniform(0, seconds))
+            if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
+                break
+            tally["too late"] += 1
+            shutil.rmtree(work)
+        tally[kind] += 1
         finish(place, work)
         if contents(work) != whole:
             raise AssertionError(f"seed {seed}, number {i}: other bytes in {work}")

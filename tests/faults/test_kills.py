@@ -28,5 +28,4 @@ def test_killed_anywhere_the_same_command_ends_in_the_same_bytes(
     assert done.returncode == 0, done.stderr[-3000:]
     tally = json.loads(done.stdout.splitlines()[-1])
     sys.stdout.write(f"{tally}\n")
-    assert tally["call"] == count // 2, "a call is reached by its number"
-    assert tally["time"] >= count // 4
+    assert tally["call"] == count // 2 and tally["call"] + tally["time"] == count
