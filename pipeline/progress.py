@@ -10,6 +10,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -33,6 +34,18 @@ def peak_memory() -> int:
         return int(torch.cuda.max_memory_allocated())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def resident(peak: bool = False) -> int:
+    """Resident bytes of this process now, or the most since `reset_peak` (Linux)."""
+    key = "VmHWM:" if peak else "VmRSS:"
+    lines = Path("/proc/self/status").read_text("ascii", "replace").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+
+def reset_peak() -> None:
+    """Let `resident(peak=True)` start from now."""
+    Path("/proc/self/clear_refs").write_text("5", "ascii")
 
 
 class Meter:
