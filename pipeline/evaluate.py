@@ -18,13 +18,17 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvsmith.errors import explain
+from kvsmith.hf import geometry
+from kvsmith.layout import check_geometry
 from kvsmith.pipeline.calibration import weights_hash
+from kvsmith.pipeline.codecs import load_codec
 from kvsmith.pipeline.config import DebugConfig, output_path, repository_root
 from kvsmith.pipeline.data import DataConfig, data_name, token_blocks
 from kvsmith.pipeline.evaluation.candidate import FULL, Candidate
 from kvsmith.pipeline.evaluation.find import (
     baseline_candidates,
     bundle_candidates,
+    codec_candidate,
     shown,
 )
 from kvsmith.pipeline.evaluation.measure import Material, Measuring, versions
@@ -43,6 +47,7 @@ from kvsmith.pipeline.model import ModelConfig, input_device, load_model
 from kvsmith.pipeline.report import table
 from kvsmith.pipeline.report.table import Row
 from kvsmith.pipeline.stage import atomic_write, write_json
+from kvsmith.spec import CacheSpec, CodecSpec
 from kvsmith.strict import to_dict
 
 SMOKE = Options(
@@ -62,8 +67,10 @@ class EvaluateConfig:
         data: text; its held-out split is used.
         bundle: a folder or a list of them; None takes the newest bundle of each codec for the
             model, "none" takes none.
+        codec: one codec in place of bundles: its newest bundle, else fitted to the newest
+            calibration.
         bundles: where bundles are looked for.
-        calibrations: where the histograms of codebooks are looked for.
+        calibrations: where calibrations are looked for, for `codec` and histograms of codebooks.
         baselines: names of `conf/codec` that need no calibration.
         measure: what is measured.
         results: folder of finished measurements, which are not done again.
@@ -77,6 +84,7 @@ class EvaluateConfig:
     bundle: Any = None
     bundles: str = "artifacts/bundles"
     calibrations: str = "artifacts/calibration"
+    codec: CodecSpec | None = None
     baselines: tuple[str, ...] = ()
     measure: Options = field(default_factory=Options)
     results: str = "runs/evaluate/results"
@@ -84,6 +92,9 @@ class EvaluateConfig:
     debug: DebugConfig = field(default_factory=DebugConfig)
 
     def __post_init__(self) -> None:
+        if self.codec is not None and self.bundle not in (None, "none"):
+            remedy = "Leave one of the two out."
+            raise ValueError(explain("bundle", "value", "null with codec", self.bundle, remedy))
         asked = self.bundle if isinstance(self.bundle, list) else [self.bundle or "none"]
         if not all(isinstance(path, str) for path in asked):
             raise TypeError(
@@ -119,7 +130,7 @@ def run(cfg: EvaluateConfig, folder: Path) -> list[Row]:
         cfg = replace(cfg, measure=SMOKE, baselines=cfg.baselines[:1])
     with Run(folder, cfg.logger, cfg) as log:
         model, tokenizer = load_model(cfg.model)
-        candidates = [FULL, *gather(cfg, model)]
+        candidates = [FULL, *gather(cfg, model, log)]
         size = sizes(cfg.measure, int(model.config.get_text_config().max_position_embeddings))
         material = read_material(cfg, size, tokenizer, input_device(model))
         measure = Measuring(model, material, cfg.measure, size, output_path(cfg.results), log)
@@ -128,10 +139,22 @@ def run(cfg: EvaluateConfig, folder: Path) -> list[Row]:
         return rows
 
 
-def gather(cfg: EvaluateConfig, model: PreTrainedModel) -> list[Candidate]:
+def gather(cfg: EvaluateConfig, model: PreTrainedModel, log: Run) -> list[Candidate]:
     """The bundles and baselines that `cfg` names, for `model`."""
-    bundles = bundle_candidates(cfg.asked, output_path(cfg.bundles), cfg.model.label, model)
-    return [*bundles, *baseline_candidates(cfg.baselines, model)]
+    root = output_path(cfg.bundles)
+    baselines = []
+    for name in cfg.baselines:
+        spec = CacheSpec(load_codec(name, "baselines"))
+        try:
+            check_geometry(spec, geometry(model.config))
+        except ValueError as error:  # the list is made for all models
+            log.say(f"without the baseline {name}: {error}")
+        else:
+            baselines += baseline_candidates([name], model)
+    if cfg.codec is None:
+        return [*bundle_candidates(cfg.asked, root, cfg.model.label, model), *baselines]
+    one = codec_candidate(cfg.codec, root, output_path(cfg.calibrations), cfg.model, model)
+    return [one, *(b for b in baselines if b.name != one.name)]
 
 
 def read_material(
@@ -175,8 +198,11 @@ def report(
     log.table(title, table.COLUMNS, [table.cells(row) for row in rows])
     for line in (*lines, *table.comparisons(rows)):
         log.say(line)
+    log.record("results", list(table.flat(rows[0])), [list(table.flat(r).values()) for r in rows])
+    log.scalars(0, scalars(rows))
     atomic_write(folder / "table.md", table.markdown(title, lines, rows).encode())
     facts = {
+        "title": title,
         "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
         "commit": commit(),
         "versions": versions(),
@@ -187,8 +213,21 @@ def report(
         "comparisons": table.comparisons(rows),
     }
     write_json(folder / "results.json", facts)
-    names = ["table.md", "results.json", *figures(cfg, rows, model, folder, title, log)]
+    drawn = figures(cfg, rows, model, folder, title, log)
+    for name in drawn:
+        log.image(folder / name)
+    names = ["table.md", "results.json", "results.csv", *drawn]
     log.say(f"written to {shown(folder)}: {', '.join(names)}")
+
+
+def scalars(rows: Sequence[Row]) -> dict[str, float]:
+    """Every number of every row, as `<method>/<figure>`."""
+    return {
+        f"{row.name}/{name}": float(value)
+        for row in rows
+        for name, value in table.flat(row).items()
+        if isinstance(value, int | float)
+    }
 
 
 def protocol(

@@ -140,7 +140,7 @@ def write_checkpoint(cfg: ExportConfig, folder: Path, log: Run) -> Path:
     target = root / f"{cfg.model.label}-fp8kv"
     Checkpoint(model_folder(cfg.model), target, scales, cfg.weights).write()
     rows = [(name, f"{float(scale):.6g}") for name, scale in scales.items()]
-    log.table("Scales of float8 (e4m3)", ("tensor", "scale"), rows)
+    log.table("Scales of float8 (e4m3)", ("tensor", "scale"), rows, "scales")
     log.say(f"written: {shown(target)}")
     return target
 
@@ -248,7 +248,10 @@ def report(bundle: Bundle, path: Path, log: Run) -> None:
     size = sum(p.stat().st_size for p in path.iterdir())
     columns = ("codec", *(f"bits at {label}" for label in bits), "bundle bytes")
     row = (codec_name(bundle.spec.codec), *(f"{b:.3f}" for b in bits.values()), f"{size:,}")
-    log.table("All-in bits per element (batch 1, dense tokens in bfloat16)", columns, [row])
+    title = "All-in bits per element (batch 1, dense tokens in bfloat16)"
+    log.table(title, columns, [row], "bits")
+    log.scalars(0, {f"bits_per_element/{label}": b for label, b in bits.items()} | {"bytes": size})
+    log.artifact(path, "bundle", {"codec": row[0], "base_model": bundle.manifest.base_model.id})
 
 
 def _numbers(data: Any, prefix: str = "") -> dict[str, float]:

@@ -1,16 +1,14 @@
 """What a run tells while it works: progress, messages, tables, and scalars in files and W&B.
 
 On a terminal progress is a rich bar; elsewhere plain lines, at most one in ten seconds, so that a
-log file stays short. Scalars go to `metrics.jsonl` (one object a step) and `metrics.csv` (step,
-name, value) in the run's folder. This is the only module that writes to the terminal, and the only
-one that imports wandb.
+log file stays short. Scalars and tables go to files in the run's folder (`metrics.py`) and, with
+figures and bundles, to W&B. This is the only module that writes to the terminal, and the only one
+that imports wandb.
 """
 
 from __future__ import annotations
 
-import csv
 import importlib
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kvsmith.errors import explain
+from kvsmith.pipeline.metrics import Metrics
 from kvsmith.pipeline.progress import Bar, Lines, Progress, bar, peak_memory
 from kvsmith.strict import to_dict
 
@@ -38,7 +37,7 @@ class NoLogger:
 
 @dataclass(frozen=True)
 class WandbLogger:
-    """Scalars also go to Weights & Biases.
+    """Scalars, tables, figures and bundles also go to Weights & Biases.
 
     Args:
         project: W&B project.
@@ -63,9 +62,8 @@ class Run:
     """The voice and the log files of one run; a context manager.
 
     Args:
-        folder: where `metrics.jsonl` and `metrics.csv` go (appended, so a resumed run continues
-            them); None keeps no files.
-        logger: where else scalars go.
+        folder: where files of scalars and tables go; None keeps none.
+        logger: where else they go.
         config: the run's configuration (a dataclass), told to W&B.
 
     Raises:
@@ -75,11 +73,9 @@ class Run:
     def __init__(
         self, folder: Path | None, logger: LoggerConfig | None = None, config: object = None
     ) -> None:
-        self._folder = folder
+        self._metrics = None if folder is None else Metrics(folder)
         self._console = Console(soft_wrap=True)
         self._wandb: Any = None
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
         if isinstance(logger, WandbLogger):
             self._wandb = _start_wandb(logger, folder, config)
 
@@ -130,18 +126,11 @@ class Run:
             step: integer on the run's own axis, not decreasing.
             values: finite or not; names may contain `/`.
         """
-        if self._folder is not None:
-            with (self._folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **values}) + "\n")
-            path = self._folder / "metrics.csv"
-            new = not path.exists()
-            with path.open("a", encoding="utf-8", newline="") as file:
-                writer = csv.writer(file, lineterminator="\n")
-                if new:
-                    writer.writerow(["step", "name", "value"])
-                writer.writerows([step, name, repr(value)] for name, value in values.items())
+        if self._metrics is not None:
+            self._metrics.add(step, values)
         if self._wandb is not None:
-            self._wandb.log(dict(values), step=step)
+            # A column of its own: W&B's counter would drop what is behind it.
+            self._wandb.log({"step": step, **values})
 
     def rewind(self, step: int) -> None:
         """Forget scalars after `step`, which a run resumed there writes again.
@@ -149,38 +138,72 @@ class Run:
         Args:
             step: last step to keep.
         """
-        if self._folder is None:
-            return
-        path = self._folder / "metrics.jsonl"
-        if path.is_file():
-            lines = path.read_text("utf-8").splitlines()
-            # a killed run may have left half a line
-            whole = [line for line in lines if line.endswith("}")]
-            kept = [line for line in whole if json.loads(line)["step"] <= step]
-            _replace(path, "".join(f"{line}\n" for line in kept))
-        path = self._folder / "metrics.csv"
-        if path.is_file():
-            head, *rows = path.read_text("utf-8").splitlines()
-            kept = [row for row in rows if row.count(",") == 2 and int(row.split(",")[0]) <= step]
-            _replace(path, "".join(f"{row}\n" for row in (head, *kept)))
+        if self._metrics is not None:
+            self._metrics.rewind(step)
 
-    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    def table(
+        self,
+        title: str,
+        columns: Sequence[str],
+        rows: Sequence[Sequence[object]],
+        name: str | None = None,
+    ) -> None:
         """Write a table; numbers are aligned to the right.
 
         Args:
             title: line above the table.
             columns: headings.
             rows: one sequence of cells a row; cells are shown by `str`.
+            name: word under which it is kept as `<name>.csv`, and in W&B; None only shows it.
         """
+        if name is not None:
+            self.record(name, columns, rows)
         if not self.interactive:
             self.say(_plain_table(title, columns, rows))
             return
         table = Table(title=title, title_justify="left")
-        for i, name in enumerate(columns):
-            table.add_column(name, justify="right" if i else "left")
+        for i, heading in enumerate(columns):
+            table.add_column(heading, justify="right" if i else "left")
         for row in rows:
             table.add_row(*(str(cell) for cell in row))
         self._console.print(table)
+
+    def record(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+        """Keep a table without showing it: `<name>.csv` in the run's folder, and W&B.
+
+        Args:
+            name: word for files.
+            columns: headings.
+            rows: one sequence of cells a row; None is an empty cell.
+        """
+        if self._metrics is not None:
+            self._metrics.table(name, columns, rows)
+        if self._wandb is not None:
+            cells = [list(row) for row in rows]
+            made = _wandb().Table(columns=list(columns), data=cells, allow_mixed_types=True)
+            self._wandb.log({name: made})
+
+    def image(self, path: Path) -> None:
+        """Send a figure to W&B, under its file's name.
+
+        Args:
+            path: PNG that the run has written.
+        """
+        if self._wandb is not None:
+            self._wandb.log({path.stem: _wandb().Image(str(path))})
+
+    def artifact(self, folder: Path, kind: str, facts: Mapping[str, Any] | None = None) -> None:
+        """Send a folder to W&B as an artifact, under its own name.
+
+        Args:
+            folder: its files.
+            kind: what it is, for example "bundle".
+            facts: plain data that is shown with it.
+        """
+        if self._wandb is not None:
+            made = _wandb().Artifact(folder.name, kind, metadata=dict(facts or {}))
+            made.add_dir(str(folder))
+            self._wandb.log_artifact(made)
 
     def close(self, failed: bool = False) -> None:
         """Finish the W&B run, if there is one."""
@@ -203,22 +226,20 @@ def _plain_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obj
     return "\n".join([title, lines[0].rstrip(), rule, *(line.rstrip() for line in lines[1:])])
 
 
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, "utf-8")
-    os.replace(temporary, path)
-
-
-def _start_wandb(logger: WandbLogger, folder: Path | None, config: object) -> Any:
+def _wandb() -> Any:
     try:
-        wandb = importlib.import_module("wandb")
+        return importlib.import_module("wandb")
     except ImportError as error:
         remedy = "Run `pip install kvsmith[wandb]`, or use logger=none."
         raise ValueError(
             explain("logger", "package wandb", "installed for logger=wandb", "nothing", remedy)
         ) from error
+
+
+def _start_wandb(logger: WandbLogger, folder: Path | None, config: object) -> Any:
+    wandb = _wandb()
     os.environ.setdefault("WANDB_SILENT", "true")
-    return wandb.init(
+    run = wandb.init(
         project=logger.project,
         entity=logger.entity,
         name=logger.name,
@@ -227,3 +248,6 @@ def _start_wandb(logger: WandbLogger, folder: Path | None, config: object) -> An
         dir=None if folder is None else str(folder),
         config=to_dict(config),
     )
+    run.define_metric("step")
+    run.define_metric("*", step_metric="step")
+    return run

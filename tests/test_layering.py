@@ -16,7 +16,7 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = ("calibrate", "train", "export", "evaluate", "plan")
+SCRIPTS = ("calibrate", "train", "export", "evaluate", "plan", "report")
 TRITON_FILES = r"kernels/\w+/triton\.py|kernels/(bench|aot)\w*\.py"
 
 # Layer -> what it may import of this project.

@@ -29,7 +29,12 @@ def report(record: Record, codecs: Mapping[str, CodecSpec], folder: Path, log: R
     if codecs:
         rows.append(["mean", *(_cell(value) for value in sums.values())])
         columns = ["layer", *(f"{n} {x}" for n in codecs for x in "kv")]
-        log.table("error of elements within the range, in half widths of it (rms)", columns, rows)
+        log.table(
+            "error of elements within the range, in half widths of it (rms)",
+            columns,
+            rows,
+            "errors",
+        )
         log.scalars(0, {n: v for n, v in sums.items() if not math.isnan(v)})
     tokens = record.source.samples * record.source.length
     log.say(f"{tokens:,} tokens of {record.source.dataset}: perplexity {math.exp(record.loss):.2f}")

@@ -13,10 +13,13 @@ from kvsmith.bundle import expected_tensors
 from kvsmith.errors import explain
 from kvsmith.hf import geometry
 from kvsmith.layout import check_geometry
+from kvsmith.pipeline.calibration import find_calibration, parameters_for, read_record
+from kvsmith.pipeline.codecs import codec_name as named
 from kvsmith.pipeline.codecs import load_codec
 from kvsmith.pipeline.config import input_path, output_path
 from kvsmith.pipeline.evaluation.candidate import Candidate
-from kvsmith.spec import CacheSpec
+from kvsmith.pipeline.model import ModelConfig
+from kvsmith.spec import CacheSpec, CodecSpec
 
 MANIFEST = "manifest.json"
 
@@ -50,12 +53,51 @@ def bundle_candidates(
     return candidates
 
 
+def codec_candidate(
+    codec: CodecSpec, root: Path, calibrations: Path, cfg: ModelConfig, model: PreTrainedModel
+) -> Candidate:
+    """One codec: as it is where it owns no parameters, from its newest bundle, or fitted to the
+    model's newest calibration.
+
+    Args:
+        codec: how tokens are stored.
+        root: folder of all bundles.
+        calibrations: folder of all calibrations.
+        cfg: how the model was loaded.
+        model: the model.
+
+    Raises:
+        FileNotFoundError: the codec needs a bundle or a calibration, and there is neither.
+        ValueError: it does not fit the model or its statistics.
+    """
+    name, shape = named(codec), geometry(model.config)
+    if not expected_tensors(CacheSpec(codec), shape):
+        check_geometry(CacheSpec(codec), shape)
+        return Candidate(name, "baseline", f"conf/codec/{name}.yaml", CacheSpec(codec))
+    for folder in _newest_first(root / cfg.label):
+        if codec_name(folder) != name:
+            continue
+        bundle = kvsmith.load(folder)
+        same = bundle.spec == CacheSpec(codec, page_size=bundle.spec.page_size)
+        if same and _fits(bundle, model):
+            facts = (bundle.spec, bundle.parameters, bundle.manifest.calibration)
+            return Candidate(name, "bundle", shown(folder), *facts)
+    folder = find_calibration(calibrations, cfg, model, codec)
+    parameters = parameters_for(folder, codec)
+    provenance = read_record(folder).provenance("fisher")
+    return Candidate(name, "bundle", shown(folder), CacheSpec(codec), parameters, provenance)
+
+
+def _newest_first(root: Path) -> list[Path]:
+    """Folders of bundles, the newest first."""
+    folders = [path.parent for path in root.glob(f"*/{MANIFEST}")]
+    return sorted(folders, key=lambda p: ((p / MANIFEST).stat().st_mtime_ns, p), reverse=True)
+
+
 def _newest(root: Path, label: str, model: PreTrainedModel) -> list[tuple[Path, kvsmith.Bundle]]:
     """The newest fitting bundle of each codec, in the order of their names."""
-    folders = [path.parent for path in root.glob(f"*/{MANIFEST}")]
-    folders.sort(key=lambda p: ((p / MANIFEST).stat().st_mtime_ns, p), reverse=True)
     found: dict[str, tuple[Path, kvsmith.Bundle]] = {}
-    for folder in folders:
+    for folder in _newest_first(root):
         if codec_name(folder) not in found:
             bundle = kvsmith.load(folder)
             if _fits(bundle, model):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
+from kvsmith.errors import explain
 from kvsmith.pipeline.evaluation.candidate import Candidate
 from kvsmith.pipeline.evaluation.fidelity import paired
 from kvsmith.pipeline.evaluation.measure import Measurement
-from kvsmith.strict import to_dict
+from kvsmith.spec import CacheSpec
+from kvsmith.strict import from_dict, to_dict
 
 COLUMNS = (
     "method",
@@ -85,6 +88,32 @@ def cells(row: Row) -> list[str]:
     ]
 
 
+def flat(row: Row) -> dict[str, object]:
+    """One row as numbers with their full digits, for CSV; shares are in [0, 1]."""
+    size, fidelity, found = row.found.footprint, row.found.fidelity, row.found
+    return {
+        "method": row.name,
+        "role": row.candidate.role,
+        "source": row.candidate.source,
+        "bits_per_element": size.bits_per_element,
+        "bits_at_32k": found.long_bits,
+        "kv_bytes": size.nbytes,
+        "length": size.length,
+        "perplexity": fidelity.perplexity,
+        "perplexity_change": fidelity.delta,
+        "perplexity_change_se": fidelity.delta_se,
+        "kld": fidelity.kld,
+        "kld_se": fidelity.kld_se,
+        "kld_999": fidelity.kld_999,
+        "top1": fidelity.top1,
+        "greedy_match": found.agreement.match,
+        "greedy_length": found.agreement.length,
+        "recall_gain": found.recall.gain,
+        "recall_exact": found.recall.exact,
+        "tokens_per_second": size.tokens_per_second,
+    }
+
+
 def comparisons(rows: Sequence[Row]) -> list[str]:
     """For each bundle, by perplexity on the same windows: what it beats, and what beats it."""
     baselines = [row for row in rows if row.candidate.role == "baseline"]
@@ -143,6 +172,29 @@ def markdown(title: str, protocol: Sequence[str], rows: Sequence[Row]) -> str:
     bullets = [f"- {line}" for line in (*protocol, LEGEND)]
     notes = [f"- {line}" for line in comparisons(rows)]
     return "\n".join([f"# {title}", "", *bullets, "", *table, "", *notes]) + "\n"
+
+
+def read(data: dict[str, Any], where: str) -> Row:
+    """What `plain` wrote.
+
+    Args:
+        data: one row.
+        where: configuration path that an error names.
+
+    Raises:
+        ValueError, TypeError: it is something else.
+    """
+    if missing := [name for name in ("name", "role", "source", "cache") if name not in data]:
+        raise ValueError(explain(where, "key", f"{missing[0]!r} present", "nothing"))
+    measured = {field.name: data.get(field.name) for field in fields(Measurement)}
+    spec = None if data["cache"] is None else from_dict(CacheSpec, data["cache"], where)
+    candidate = Candidate(data["name"], data["role"], data["source"], spec)
+    return Row(candidate, from_dict(Measurement, measured, where))
+
+
+def renamed(row: Row, name: str) -> Row:
+    """The same under another name."""
+    return Row(replace(row.candidate, name=name), row.found)
 
 
 def plain(row: Row) -> dict[str, object]:

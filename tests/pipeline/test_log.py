@@ -116,12 +116,17 @@ def test_peak_memory_is_a_plausible_number_of_bytes() -> None:
     assert peak_memory() >= before + 2**25
 
 
-def test_wandb_offline_records_scalars(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_gets_options_and_the_exit_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls: list[object] = []
 
     class Session:
-        def log(self, values: dict[str, float], step: int) -> None:
-            calls.append((step, values))
+        def log(self, values: dict[str, float]) -> None:
+            calls.append(values)
+
+        def define_metric(self, name: str, step_metric: str | None = None) -> None:
+            pass
 
         def finish(self, exit_code: int) -> None:
             calls.append(exit_code)
@@ -141,7 +146,7 @@ def test_wandb_offline_records_scalars(tmp_path: Path, monkeypatch: pytest.Monke
     assert isinstance(options, dict)
     assert options["project"] == "p" and options["tags"] == ["t"] and options["mode"] == "offline"
     assert options["config"] == {"seed": 1} and options["dir"] == str(tmp_path)
-    assert (scalars, code) == ((3, {"loss": 1.0}), 1)
+    assert (scalars, code) == ({"step": 3, "loss": 1.0}, 1)
 
 
 def test_wandb_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
