@@ -36,7 +36,7 @@ from kvsmith.pipeline.config import DebugConfig, input_path, output_path
 from kvsmith.pipeline.data import DataConfig, HubData, PydocsData, token_blocks, tokens_hash
 from kvsmith.pipeline.fit import Sensitivity
 from kvsmith.pipeline.log import LoggerConfig, NoLogger, Run
-from kvsmith.pipeline.model import ModelConfig, load_model
+from kvsmith.pipeline.model import ModelConfig, load_model, model_context
 from kvsmith.pipeline.stage import Stage, Stop, digest, locked, run_stage
 from kvsmith.pipeline.statistics import plan_for
 from kvsmith.spec import CacheSpec, CodecSpec
@@ -197,8 +197,8 @@ def describe(
 
 def check_context(model: PreTrainedModel, length: int) -> None:
     """Refuse sequences longer than the model was made for."""
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if limit is not None and length > limit:
+    limit = model_context(model.config)
+    if length > limit:
         expected = f"at most the model's context of {limit}"
         raise ValueError(explain("length", "tokens of a sequence", expected, length))
 

@@ -43,7 +43,7 @@ from kvsmith.pipeline.evaluation.options import (
 )
 from kvsmith.pipeline.evaluation.recall import plant, words_of
 from kvsmith.pipeline.log import LoggerConfig, NoLogger, Run
-from kvsmith.pipeline.model import ModelConfig, input_device, load_model
+from kvsmith.pipeline.model import ModelConfig, input_device, load_model, model_context
 from kvsmith.pipeline.report import table
 from kvsmith.pipeline.report.table import Row
 from kvsmith.pipeline.stage import atomic_write, write_json
@@ -131,7 +131,7 @@ def run(cfg: EvaluateConfig, folder: Path) -> list[Row]:
     with Run(folder, cfg.logger, cfg) as log:
         model, tokenizer = load_model(cfg.model)
         candidates = [FULL, *gather(cfg, model, log)]
-        size = sizes(cfg.measure, int(model.config.get_text_config().max_position_embeddings))
+        size = sizes(cfg.measure, model_context(model.config))
         material = read_material(cfg, size, tokenizer, input_device(model))
         measure = Measuring(model, material, cfg.measure, size, output_path(cfg.results), log)
         rows = table.ordered(candidates, measure(candidates))

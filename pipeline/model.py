@@ -8,6 +8,7 @@ the shipped tiny model is stored in bfloat16.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +29,7 @@ from transformers.utils import is_flash_attn_2_available
 from transformers.utils import logging as transformers_logging
 
 from kvsmith.errors import explain
+from kvsmith.hf.shapes import positions_of
 from kvsmith.pipeline.model_source import LOADING, PACKAGES, find_source, need_packages, refusal
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -144,6 +146,11 @@ def input_device(model: nn.Module) -> torch.device:
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     device = getattr(getattr(embedding, "_hf_hook", None), "execution_device", None)
     return embedding.weight.device if device is None else torch.device(device)
+
+
+def model_context(config: PreTrainedConfig) -> int:
+    """Positions that a model was made for; without bound where it knows none."""
+    return positions_of(config.get_text_config(decoder=True)) or sys.maxsize
 
 
 def _loading(cfg: ModelConfig, config: PreTrainedConfig, device: torch.device) -> dict[str, Any]:

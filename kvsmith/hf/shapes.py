@@ -153,7 +153,7 @@ def model_facts(name: str, config: Any) -> ModelFacts:
         hidden=embedding.weight.shape[1],
         inner=_inner(text, embedding.weight.shape[1]),
         vocab=text.vocab_size,
-        positions=_positions(text),
+        positions=positions_of(text),
         fixed=fixed,
     )
 
@@ -164,7 +164,8 @@ def uses_rope(text: Any) -> bool:
     return bool(rotary)
 
 
-def _positions(text: Any) -> int | None:
+def positions_of(text: Any) -> int | None:
+    """Positions that a (text) configuration was made for; None where it knows none (ALiBi)."""
     limit = getattr(text, "max_position_embeddings", None) or getattr(text, "max_seq_len", None)
     return limit if isinstance(limit, int) and not getattr(text, "alibi", False) else None
 

@@ -18,7 +18,7 @@ from transformers import DynamicCache
 from kvsmith.bundle import Bundle, base_model
 from kvsmith.hf import geometry
 from kvsmith.pipeline.data import TextfileData
-from kvsmith.pipeline.evaluate import EvaluateConfig, run
+from kvsmith.pipeline.evaluate import EvaluateConfig, gather, run
 from kvsmith.pipeline.evaluation.candidate import FULL, Candidate, digest
 from kvsmith.pipeline.evaluation.fidelity import paired, quantile, summarise
 from kvsmith.pipeline.evaluation.find import baseline_candidates, bundle_candidates
@@ -34,6 +34,7 @@ from kvsmith.pipeline.evaluation.options import (
     WindowOptions,
     sizes,
 )
+from kvsmith.pipeline.log import Run
 from kvsmith.pipeline.model import ModelConfig
 from kvsmith.sizes import cache_bytes
 from kvsmith.spec import CacheSpec
@@ -309,6 +310,16 @@ def test_evaluate_writes_table_and_results(
     assert [row.found for row in again] == [row.found for row in rows]
     with pytest.raises(AssertionError, match="measured again"):
         run(replace(config, measure=replace(config.measure, seed=1)), tmp_path / "third")
+
+
+def test_a_baseline_that_the_shape_cannot_hold_is_left_out_and_named(
+    config: EvaluateConfig, model: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cfg = replace(config, bundle="none", baselines=("int4_token_g32", "int4_token"))
+    with Run(None) as log:
+        assert [c.name for c in gather(cfg, model, log)] == ["int4_token"]
+    said = capsys.readouterr().out
+    assert "without the baseline int4_token_g32" in said and "divisor of head dim 16" in said
 
 
 def test_evaluate_refuses_too_little_text(tmp_path: Path, config: EvaluateConfig) -> None:

@@ -13,7 +13,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
-from transformers import AutoConfig, dynamic_module_utils
+from transformers import (
+    AutoConfig,
+    BloomConfig,
+    GPT2Config,
+    LlamaConfig,
+    MptConfig,
+    dynamic_module_utils,
+)
 
 from kvsmith.pipeline import model as model_module
 from kvsmith.pipeline import model_source
@@ -24,6 +31,7 @@ from kvsmith.pipeline.model import (
     load_config,
     load_model,
     load_tokenizer,
+    model_context,
     model_device,
 )
 from kvsmith.pipeline.training.tokenizer import train_tokenizer
@@ -215,6 +223,13 @@ def test_weights_in_few_bits(bits: Any, tiny_model_dir: Path) -> None:
 def test_nothing_but_results_is_said(saved: Path, capfd: pytest.CaptureFixture[str]) -> None:
     load_model(_cfg(saved))
     assert capfd.readouterr() == ("", "")
+
+
+def test_the_context_of_a_model() -> None:
+    assert model_context(LlamaConfig(max_position_embeddings=77)) == 77
+    assert model_context(MptConfig(max_seq_len=78)) == 78
+    assert model_context(GPT2Config(n_positions=79)) == 79
+    assert model_context(BloomConfig()) > 2**40
 
 
 def test_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
