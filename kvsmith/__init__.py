@@ -29,6 +29,7 @@ __all__ = [
     "CacheSpec",
     "CodecSpec",
     "__version__",
+    "fit",
     "load",
     "make_cache",
     "plan",
@@ -99,3 +100,37 @@ def plan(
     if beyond := [note for note in made.notes if "positions" in note]:
         warnings.warn(beyond[0], stacklevel=2)
     return made
+
+
+def fit(
+    model: Any,
+    texts: Sequence[str] | torch.Tensor,
+    *,
+    bits: float | None = None,
+    bytes: int | str | None = None,
+    context: int | str = "32Ki",
+    tokenizer: Any = None,
+    **options: Any,
+) -> Bundle:
+    """The best cache under a budget: each layer gets what its keys and values need, as measured.
+
+    Args:
+        model: a loaded causal language model.
+        texts: calibration text, or [rows, T] int64 token ids; some 30,000 tokens do.
+        bits: all-in bits an element at `context`; or
+        bytes: of the whole cache of one row at `context`, as a number or like "20GiB".
+        context: tokens, as a number or like "200k".
+        tokenizer: of the model; None loads it from where the model came from.
+        options: `widths`, `fractions`, `windows`, ... of `kvsmith.pipeline.budget.BudgetOptions`.
+
+    Returns:
+        A bundle for the model; the same model and text give the same bundle.
+
+    Raises:
+        ValueError: a budget that nothing fits (names the smallest possible), or too little text.
+    """
+    from kvsmith.pipeline.budget.memory import fit_bundle
+    from kvsmith.pipeline.budget.options import BudgetOptions
+
+    asked = BudgetOptions(bytes=bytes, context=context, check=0, **options)
+    return fit_bundle(model, texts, bits, asked, tokenizer)

@@ -10,7 +10,7 @@ same bytes.
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -19,7 +19,10 @@ from transformers import PreTrainedModel
 
 from kvsmith.errors import explain
 from kvsmith.eviction.policy import Eviction, KeepAll
+from kvsmith.hf import geometry
 from kvsmith.layout import check_geometry
+from kvsmith.pipeline.budget.options import BudgetOptions
+from kvsmith.pipeline.budget.run import Request, request, spend
 from kvsmith.pipeline.calibration import (
     Record,
     Source,
@@ -34,6 +37,7 @@ from kvsmith.pipeline.calibration.summary import report
 from kvsmith.pipeline.codecs import codec_name, load_codec
 from kvsmith.pipeline.config import DebugConfig, input_path, output_path
 from kvsmith.pipeline.data import DataConfig, HubData, PydocsData, token_blocks, tokens_hash
+from kvsmith.pipeline.data.split import Split
 from kvsmith.pipeline.fit import Sensitivity
 from kvsmith.pipeline.log import LoggerConfig, NoLogger, Run
 from kvsmith.pipeline.model import ModelConfig, load_model, model_context
@@ -64,6 +68,12 @@ class CalibrateConfig:
         sensitivity: weights of the codebook fit: fisher, fisher_scale or none.
         max_fraction: largest share of outliers that key ranges can be fitted with later.
         value_fractions: shares of outliers that values are observed with.
+        target_bits: all-in bits an element of a cache whose layers share them best; writes its
+            bundle.
+        curve: the best caches from the smallest to the largest.
+        fit: how such caches are found.
+        bundles: folder of all bundles; None is `artifacts/bundles`, or with `debug=smoke` the
+            folder of this run's logs.
         checkpoint_seconds: time between checkpoints of the pass.
         folder: where calibrations go; None is `artifacts/calibration`, or with `debug=smoke` the
             folder of this run's logs.
@@ -85,6 +95,10 @@ class CalibrateConfig:
     sensitivity: Sensitivity = "fisher"
     max_fraction: float = 0.02
     value_fractions: tuple[float, ...] = (0.0, 0.01)
+    target_bits: float | None = None
+    curve: bool = False
+    fit: BudgetOptions = field(default_factory=BudgetOptions)
+    bundles: str | None = None
     checkpoint_seconds: float = 20.0
     folder: str | None = None
     logger: LoggerConfig = field(default_factory=NoLogger)
@@ -119,6 +133,8 @@ def smoke(cfg: CalibrateConfig, folder: Path) -> CalibrateConfig:
         length=min(cfg.length, 128),
         batch_size=min(cfg.batch_size, 2),
         folder=cfg.folder or str(folder / "calibration"),
+        bundles=cfg.bundles or str(folder / "bundles"),
+        fit=replace(cfg.fit, windows=2, check=2, length=min(cfg.fit.length or 64, 64), points=2),
     )
 
 
@@ -142,10 +158,17 @@ def run(cfg: CalibrateConfig, folder: Path) -> Path:
     with Run(folder, cfg.logger, cfg) as log, Stop() as stop:
         model, tokenizer = load_model(cfg.model)
         check_context(model, cfg.length)
-        tokens = token_blocks(
-            tokenizer, cfg.data, "calibration", cfg.samples, cfg.length, seed=cfg.seed
-        )
-        return calibrate(cfg, codecs, model, tokens, log, stop)
+        asked = request(cfg.fit, cfg.target_bits, cfg.curve, geometry(model.config))
+
+        def read(split: Split, count: int, length: int) -> Tensor:
+            return token_blocks(tokenizer, cfg.data, split, count, length, seed=cfg.seed)
+
+        tokens = read("calibration", cfg.samples, cfg.length)
+        found = calibrate(cfg, codecs, model, tokens, log, stop, asked)
+        if asked is not None:
+            root = output_path(cfg.bundles or "artifacts/bundles") / cfg.model.label
+            spend(asked, found, model, read, cfg.sensitivity, root, folder, log, stop)
+        return found
 
 
 def calibrate(
@@ -155,9 +178,13 @@ def calibrate(
     tokens: Tensor,
     log: Run,
     stop: Stop,
+    asked: Request | None = None,
 ) -> Path:
-    """Calibrate a loaded model on tokens; arguments and result as of `run`."""
-    source = describe(cfg, codecs, model, tokens)
+    """Calibrate a loaded model on tokens, also for what is asked of the budget solver; arguments
+    and result as of `run`.
+    """
+    extra = asked.choices.codecs if asked else ()
+    source = describe(cfg, (*codecs.values(), *extra), model, tokens)
     name = digest([STATISTICS_VERSION, source])[:8]
     folder = output_path(cfg.folder or CALIBRATIONS) / cfg.model.label / name
     with locked(folder):
@@ -170,14 +197,14 @@ def calibrate(
 
 
 def describe(
-    cfg: CalibrateConfig, codecs: Mapping[str, CodecSpec], model: PreTrainedModel, tokens: Tensor
+    cfg: CalibrateConfig, codecs: Sequence[CodecSpec], model: PreTrainedModel, tokens: Tensor
 ) -> Source:
     """Everything that the statistics will depend on."""
     base, weights = describe_model(cfg.model, model)
-    for codec in codecs.values():
+    for codec in codecs:
         check_geometry(CacheSpec(codec), base.geometry)
     total = tokens.shape[0] * (tokens.shape[1] - cfg.sinks)
-    plan = plan_for(codecs.values(), total, cfg.max_fraction, cfg.value_fractions, cfg.fisher)
+    plan = plan_for(codecs, total, cfg.max_fraction, cfg.value_fractions, cfg.fisher)
     dataset, revision = _dataset(cfg.data)
     return Source(
         base_model=base,

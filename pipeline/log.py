@@ -65,16 +65,21 @@ class Run:
         folder: where files of scalars and tables go; None keeps none.
         logger: where else they go.
         config: the run's configuration (a dataclass), told to W&B.
+        quiet: say nothing.
 
     Raises:
         ValueError: `logger` needs wandb and it is not installed.
     """
 
     def __init__(
-        self, folder: Path | None, logger: LoggerConfig | None = None, config: object = None
+        self,
+        folder: Path | None,
+        logger: LoggerConfig | None = None,
+        config: object = None,
+        quiet: bool = False,
     ) -> None:
         self._metrics = None if folder is None else Metrics(folder)
-        self._console = Console(soft_wrap=True)
+        self._console = Console(soft_wrap=True, quiet=quiet)
         self._wandb: Any = None
         if isinstance(logger, WandbLogger):
             self._wandb = _start_wandb(logger, folder, config)

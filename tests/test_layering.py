@@ -30,6 +30,7 @@ MAY_IMPORT = {
 ONLY_IN = {
     "triton": TRITON_FILES,
     "transformers": r"kvsmith/hf/.*|pipeline/.*",
+    "scipy": r"pipeline/.*",
     "sklearn": r"pipeline/.*",
     "datasets": r"pipeline/.*",
     "accelerate": r"pipeline/.*",
@@ -37,7 +38,7 @@ ONLY_IN = {
     "hydra": r"pipeline/config\.py|\w+\.py",
     "omegaconf": r"pipeline/config\.py|\w+\.py",
 }
-HEAVY = ["hydra", "omegaconf", "sklearn", "datasets", "accelerate"]
+HEAVY = ["hydra", "omegaconf", "scipy", "sklearn", "datasets", "accelerate"]
 HEAVY += ["wandb", "triton", "matplotlib", "rich"]
 # huggingface_hub comes with transformers.
 RUNTIME = {"torch", "transformers", "safetensors", "huggingface_hub", "triton", "kvsmith"}

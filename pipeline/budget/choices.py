@@ -1,0 +1,160 @@
+"""What one side of a layer may be, and the bytes that it costs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from kvsmith.errors import explain
+from kvsmith.geometry import ModelGeometry
+from kvsmith.layout import outlier_slots
+from kvsmith.sizes import cache_bytes
+from kvsmith.spec import CacheSpec, CodecSpec, Identity, LayerCodec, TensorCodec
+
+SIDES = ("k", "v")
+Parameters = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Levels:
+    """The choices, from few bits to many.
+
+    Attributes:
+        names: a word for each, such as "3b 1%".
+        codecs: each as a codec of all layers; windows and domain are the same in all.
+    """
+
+    names: tuple[str, ...]
+    codecs: tuple[CodecSpec, ...]
+
+    def __len__(self) -> int:
+        return len(self.codecs)
+
+    def side(self, level: int, name: str) -> TensorCodec:
+        """Codec of the keys or values at a level."""
+        codec = self.codecs[level]
+        return codec.k if name == "k" else codec.v
+
+    def alone(self, layer: int, name: str, level: int) -> CodecSpec:
+        """The codec that quantizes one side of one layer, and nothing else."""
+        exact, side = self.exact, self.side(level, name)
+        k, v = (side, exact.v) if name == "k" else (exact.k, side)
+        return replace(exact, layers=(LayerCodec(layer, k, v),))
+
+    @property
+    def exact(self) -> CodecSpec:
+        """Nothing quantized, the same windows."""
+        return replace(self.codecs[0], k=TensorCodec(Identity()), v=TensorCodec(Identity()))
+
+
+def levels(
+    template: CodecSpec, bits: Sequence[int], fractions: Sequence[float], shape: ModelGeometry
+) -> Levels:
+    """Every width with every share of outliers that gives another number of slots.
+
+    Args:
+        template: kind of quantizers and outliers, and the windows.
+        bits: code widths.
+        fractions: shares of outliers.
+        shape: the model.
+
+    Raises:
+        ValueError: the template quantizes nothing, or has layers of its own.
+    """
+    if template.layers or any(isinstance(c.quantizer, Identity) for c in (template.k, template.v)):
+        expected = "a codec that quantizes keys and values of all layers alike"
+        raise ValueError(explain("fit.template", "codec", expected, "another"))
+    names, codecs, seen = [], [], set()
+    for width in sorted(bits):
+        for fraction in sorted(fractions):
+            k, v = (_vary(c, width, fraction) for c in (template.k, template.v))
+            slots = tuple(
+                (outlier_slots(k, g.kv_heads, g.k_dim), outlier_slots(v, g.kv_heads, g.v_dim))
+                for g in (shape.layers[i] for i in shape.owners)
+            )
+            if (width, slots) not in seen:
+                seen.add((width, slots))
+                names.append(
+                    f"{width}b" if not any(map(any, slots)) else f"{width}b {fraction:.1%}"
+                )
+                codecs.append(replace(template, k=k, v=v))
+    return Levels(tuple(names), tuple(codecs))
+
+
+def _vary(codec: TensorCodec, bits: int, fraction: float) -> TensorCodec:
+    assert not isinstance(codec.quantizer, Identity)
+    outliers = None
+    if fraction and codec.outliers is not None:
+        outliers = replace(codec.outliers, fraction=fraction)
+    return TensorCodec(replace(codec.quantizer, bits=bits), outliers)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Bytes of one row, dense tokens in bfloat16; they add up.
+
+    Attributes:
+        fixed: of everything that no choice changes.
+        sides: [layers that own tokens, 2, levels] int64, bytes of keys and values by level.
+    """
+
+    fixed: int
+    sides: Tensor
+
+
+def costs(options: Levels, shape: ModelGeometry, tokens: int) -> Costs:
+    """What every choice costs at a length, by the runtime's own arithmetic."""
+    positions = int(options.exact.key_domain == "pre")
+
+    def total(codec: CodecSpec) -> int:
+        return cache_bytes(CacheSpec(codec), shape, 1, tokens, torch.bfloat16, positions).total
+
+    exact = options.exact
+    whole = total(exact)
+    sides = torch.zeros((len(shape.owners), 2, len(options)), dtype=torch.int64)
+    for n, i in enumerate(shape.owners):
+        for s, name in enumerate(SIDES):
+            for level in range(len(options)):
+                sides[n, s, level] = total(options.alone(i, name, level)) - whole
+    # Differences from dense storage are negative: count every side from its smallest choice up.
+    least = sides.amin(-1, keepdim=True)
+    return Costs(whole + int(least.sum()), sides - least)
+
+
+def assemble(options: Levels, shape: ModelGeometry, picks: Sequence[Sequence[int]]) -> CodecSpec:
+    """The codec of a choice: the most common pair, and the layers that differ from it.
+
+    Args:
+        options: the choices.
+        shape: the model.
+        picks: for each layer that owns tokens the level of its keys and of its values.
+    """
+    pairs = [(p[0], p[1]) for p in picks]
+    common = max(sorted(set(pairs)), key=pairs.count)
+    own = tuple(
+        LayerCodec(i, options.side(k, "k"), options.side(v, "v"))
+        for i, (k, v) in zip(shape.owners, pairs, strict=True)
+        if (k, v) != common
+    )
+    k, v = options.side(common[0], "k"), options.side(common[1], "v")
+    return replace(options.codecs[0], k=k, v=v, layers=own)
+
+
+def parameters_of(
+    fitted: Sequence[Parameters], shape: ModelGeometry, picks: Sequence[Sequence[int]]
+) -> dict[str, Tensor]:
+    """The tensors of a choice.
+
+    Args:
+        fitted: parameters of every level, of all layers.
+        shape, picks: as in `assemble`.
+    """
+    found = {}
+    for i, pair in zip(shape.owners, picks, strict=True):
+        for name, level in zip(SIDES, pair, strict=True):
+            prefix = f"layers.{i}.{name}."
+            found.update({n: t for n, t in fitted[level].items() if n.startswith(prefix)})
+    return found

@@ -1,0 +1,92 @@
+"""What may be chosen, within what, and on how much text it is measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvsmith.errors import explain
+from kvsmith.geometry import ModelGeometry
+from kvsmith.units import parse_bytes, parse_count
+
+LENGTH = 512  # tokens of a window, where the model's context allows it
+
+
+@dataclass(frozen=True)
+class BudgetOptions:
+    """The budget solver; group `fit` of calibrate.py.
+
+    Args:
+        bytes: of the whole cache of one row at `context`, "20GiB"; None where `target_bits` is
+            given.
+        context: tokens at which bytes and all-in bits are counted, dense tokens in bfloat16.
+        widths: code widths to choose from.
+        fractions: shares of outliers to choose from.
+        template: preset of `conf/codec` whose kind of quantizer, outliers and windows are used.
+        windows: calibration windows on which sensitivity is measured.
+        length: tokens of a window; None is 512, or the model's context where that is less.
+        prefill: tokens of the first forward pass; None is an eighth of the window.
+        chunk: tokens decoded at once.
+        batch: windows side by side.
+        check: held-out windows on which the choice is compared with uniform ones; 0 leaves it out.
+        points: budgets of a curve.
+    """
+
+    bytes: int | str | None = None
+    context: int | str = "32Ki"
+    widths: tuple[int, ...] = (2, 3, 4)
+    fractions: tuple[float, ...] = (0.0, 0.01, 0.02)
+    template: str = "nuq4_o1"
+    windows: int = 8
+    length: int | None = None
+    prefill: int | None = None
+    chunk: int = 32
+    batch: int = 8
+    check: int = 8
+    points: int = 9
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("windows", 1),
+            ("chunk", 1),
+            ("batch", 1),
+            ("check", 0),
+            ("points", 2),
+        ):
+            if getattr(self, name) < least:
+                raise ValueError(
+                    explain(f"fit.{name}", "value", f"at least {least}", getattr(self, name))
+                )
+        for name in ("widths", "fractions"):
+            found = getattr(self, name)
+            if not found or len(set(found)) < len(found):
+                raise ValueError(
+                    explain(f"fit.{name}", "value", "a list without repeats", list(found))
+                )
+
+    @property
+    def tokens(self) -> int:
+        """`context` as a number."""
+        return parse_count(self.context, "fit.context")
+
+    def budget(self, target_bits: float | None, shape: ModelGeometry) -> int | None:
+        """Bytes that a cache may take; None where nothing is asked.
+
+        Args:
+            target_bits: all-in bits an element, or None.
+            shape: the model.
+
+        Raises:
+            ValueError: both are given, or the bits are not positive.
+        """
+        if target_bits is None:
+            return None if self.bytes is None else parse_bytes(self.bytes, "fit.bytes")
+        if self.bytes is not None:
+            remedy = "Give one of the two."
+            raise ValueError(explain("fit.bytes", "value", "null", self.bytes, remedy))
+        if target_bits <= 0:
+            raise ValueError(explain("target_bits", "value", "positive", target_bits))
+        return int(target_bits * shape.elements * self.tokens / 8)
+
+    def window(self, context: int | None) -> int:
+        """Tokens of a window, for a model of so many positions."""
+        return self.length or min(LENGTH, context or LENGTH)

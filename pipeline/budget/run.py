@@ -1,0 +1,129 @@
+"""How calibrate.py spends a budget: `target_bits=3.0`, `fit.bytes=20GiB`, `curve=true`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kvsmith.errors import explain
+from kvsmith.geometry import ModelGeometry
+from kvsmith.pipeline.budget.choices import Levels, costs, levels
+from kvsmith.pipeline.budget.make import pose, save
+from kvsmith.pipeline.budget.options import BudgetOptions
+from kvsmith.pipeline.budget.solve import smallest, solve
+from kvsmith.pipeline.budget.tell import tell, write
+from kvsmith.pipeline.codecs import load_codec
+from kvsmith.pipeline.data.split import Split
+from kvsmith.pipeline.evaluation.find import shown
+from kvsmith.pipeline.fit import Sensitivity
+from kvsmith.pipeline.log import Run
+from kvsmith.pipeline.report.budget import plot_budget
+from kvsmith.pipeline.stage import Stop
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of the solver, checked against the model's shape.
+
+    Attributes:
+        options: as configured.
+        choices: the levels.
+        budget: bytes of one row; None for a curve alone.
+        curve: whether the whole front is wanted.
+        where: configuration path of the budget.
+    """
+
+    options: BudgetOptions
+    choices: Levels
+    budget: int | None
+    curve: bool
+    where: str
+
+
+def request(
+    options: BudgetOptions, target_bits: float | None, curve: bool, shape: ModelGeometry
+) -> Request | None:
+    """Read what is asked.
+
+    Args:
+        options: group `fit`.
+        target_bits: all-in bits an element.
+        curve: the whole front.
+        shape: the model.
+
+    Returns:
+        None where nothing is asked.
+
+    Raises:
+        ValueError: a budget that nothing fits; names the smallest possible.
+    """
+    budget = options.budget(target_bits, shape)
+    if budget is None and not curve:
+        return None
+    choices = levels(
+        load_codec(options.template, "fit.template"), options.widths, options.fractions, shape
+    )
+    where = "fit.bytes" if target_bits is None else "target_bits"
+    if budget is not None:
+        least = smallest(costs(choices, shape, options.tokens))
+        if budget < least:
+            bits = 8 * least / (shape.elements * options.tokens)
+            length = f"at {options.tokens:,} tokens"
+            expected = f"at least {bits:.3f} all-in bits ({least:,} bytes) {length}"
+            remedy = "Allow fewer bits with fit.widths, or a longer fit.context."
+            raise ValueError(explain(where, "budget", expected, f"{budget:,} bytes", remedy))
+    return Request(options, choices, budget, curve, where)
+
+
+def spend(
+    asked: Request,
+    calibration: Path,
+    model: PreTrainedModel,
+    read: Callable[[Split, int, int], Tensor],
+    sensitivity: Sensitivity,
+    root: Path,
+    folder: Path,
+    log: Run,
+    stop: Stop,
+) -> Path | None:
+    """Measure, solve, compare, write.
+
+    Args:
+        asked: see `request`.
+        calibration: finished; has observed what the levels need.
+        model: in evaluation mode.
+        read: gives [n, length] tokens of a split.
+        sensitivity: weights of the codebook fit.
+        root: folder of the model's bundles.
+        folder: of this run; budget.json and budget.png go there.
+        log, stop: of the run.
+
+    Returns:
+        The bundle's folder; None for a curve alone.
+    """
+    o = asked.options
+    text = model.config.get_text_config(decoder=True)
+    length = o.window(getattr(text, "max_position_embeddings", None))
+    windows = read("calibration", o.windows, length)
+    heldout = read("heldout", o.check, length) if o.check else None
+    problem = pose(o, asked.choices, calibration, windows, heldout, model, sensitivity, log, stop)
+    rivals, path = problem.uniforms(), None
+    if asked.curve:
+        front = problem.curve()
+        tell(problem, front, rivals, log)
+        write(problem, front, rivals, folder)
+        plot_budget(problem, front, rivals, folder / "curve.png")
+    if asked.budget is not None:
+        found = solve(problem.loss, problem.price, asked.budget, asked.where)
+        point = problem.point("fit", found)
+        tell(problem, [point], rivals, log)
+        write(problem, [point], rivals, folder)
+        plot_budget(problem, [point], rivals, folder / "budget.png")
+        path = save(problem, point, root, sensitivity)
+        log.say(f"bundle: {shown(path)}")
+    log.say(f"written: {shown(folder)}")
+    return path

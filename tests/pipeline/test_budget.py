@@ -1,0 +1,172 @@
+"""The budget solver: exact, priced as the runtime allocates, from text to a bundle."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import kvsmith
+from kvsmith.geometry import LayerGeometry, ModelGeometry
+from kvsmith.hf import geometry
+from kvsmith.pipeline.budget import BudgetOptions, assemble, levels, solve
+from kvsmith.pipeline.budget.choices import Costs, costs, parameters_of
+from kvsmith.pipeline.budget.run import request
+from kvsmith.pipeline.budget.solve import priced, smallest
+from kvsmith.pipeline.calibrate import CalibrateConfig, run
+from kvsmith.pipeline.codecs import load_codec
+from kvsmith.pipeline.config import load
+from kvsmith.sizes import cache_bytes
+from kvsmith.spec import CacheSpec
+from tests.micro_model import write_model, write_text
+
+# Unequal layers, one with a sliding window, one that reads another's tokens.
+SHAPE = ModelGeometry(
+    (
+        LayerGeometry(2, 4, 16, 16),
+        LayerGeometry(4, 4, 16, 8, window=600),
+        LayerGeometry(2, 4, 16, 16),
+        LayerGeometry(2, 4, 32, 32),
+    ),
+    owner=(0, 1, 0, 3),
+)
+CHOICES = levels(load_codec("nuq4_o1"), (2, 4), (0.0, 0.05), SHAPE)
+
+
+def test_the_choice_is_the_best_of_all() -> None:
+    generator = torch.Generator().manual_seed(1)
+    for trial in range(40):
+        loss = torch.rand((2, 2, 3), generator=generator, dtype=torch.float64)
+        sides = torch.randint(0, 40, (2, 2, 3), generator=generator)
+        sides -= sides.amin(-1, keepdim=True)
+        price = Costs(fixed=100, sides=sides)
+        budget = 100 + 7 * (trial % 14)
+        every = (
+            priced(((a, b), (c, d)), loss, price)
+            for a, b, c, d in itertools.product(range(3), repeat=4)
+        )
+        best = min(s.loss for s in every if s.nbytes <= budget)
+        found = solve(loss, price, budget)
+        assert found.nbytes <= budget and found.loss == pytest.approx(best, rel=1e-9)
+        assert solve(loss, price, budget) == found
+
+
+def test_prices_add_up_to_what_the_runtime_allocates() -> None:
+    price = costs(CHOICES, SHAPE, 5000)
+    assert len(CHOICES) == 4 and price.sides.shape == (3, 2, 4)
+    for picks in (((0, 0),) * 3, ((3, 1), (0, 2), (1, 3)), ((3, 3),) * 3):
+        spec = CacheSpec(assemble(CHOICES, SHAPE, picks))
+        total = cache_bytes(spec, SHAPE, 1, 5000, torch.bfloat16).total
+        assert priced(picks, torch.zeros(3, 2, 4), price).nbytes == total
+    assert smallest(price) == price.fixed
+
+
+def test_a_choice_names_only_the_layers_that_differ() -> None:
+    codec = assemble(CHOICES, SHAPE, ((0, 1), (0, 1), (2, 0)))
+    assert codec.k == CHOICES.codecs[0].k and codec.v == CHOICES.codecs[1].v
+    assert [own.layer for own in codec.layers] == [3]
+    assert codec.layers[0].k == CHOICES.codecs[2].k
+    assert assemble(CHOICES, SHAPE, ((1, 1),) * 3) == CHOICES.codecs[1]
+    fitted = [{f"layers.{i}.{s}.lut": torch.tensor([n]) for i in (0, 1, 3) for s in "kv"}
+              for n in range(4)]  # fmt: skip
+    own = parameters_of(fitted, SHAPE, ((0, 1), (0, 1), (2, 0)))
+    assert {n: int(t) for n, t in own.items() if ".3." in n} == {
+        "layers.3.k.lut": 2,
+        "layers.3.v.lut": 0,
+    }
+
+
+def test_fractions_that_give_the_same_slots_are_one_level() -> None:
+    narrow = ModelGeometry((LayerGeometry(1, 1, 16, 16),))
+    assert levels(load_codec("nuq4_o1"), (3,), (0.0, 0.001, 0.01), narrow).names == ("3b",)
+
+
+def test_fit_spends_the_budget_where_it_counts(micro_llama: Callable[..., Any]) -> None:
+    model = micro_llama(layers=3).train()
+    # What the first layer attends to is hardly seen, and the second layer's is seen eightfold.
+    with torch.no_grad():
+        model.model.layers[0].self_attn.o_proj.weight.mul_(1e-3)
+        model.model.layers[1].self_attn.o_proj.weight.mul_(8)
+    texts = torch.randint(3, 97, (8, 64))
+    options = {"length": 64, "windows": 4, "chunk": 16, "widths": (2, 4), "fractions": (0.0,)}
+    bundle = kvsmith.fit(model, texts, bits=3.4, context=4096, **options)
+    assert model.training
+    shape = geometry(model.config)
+    assert kvsmith.sizes.bits_per_element(bundle.spec, shape, 1, 4096, torch.bfloat16) <= 3.4
+    first, second = bundle.spec.codec.at(0), bundle.spec.codec.at(1)
+    assert first.k.quantizer.bits == first.v.quantizer.bits == 2
+    assert second.v.quantizer.bits == 4
+    assert bundle.manifest.quality["kld_predicted"] > 0
+    again = kvsmith.fit(model, texts, bits=3.4, context=4096, **options)
+    assert again.manifest == bundle.manifest  # the checksums of the tensors among it
+    model.eval()(input_ids=texts, past_key_values=bundle.cache(model), use_cache=True)
+
+
+def test_calibrate_writes_the_bundle_and_the_curve(
+    tmp_path: Path, micro_llama: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = write_model(tmp_path / "m", micro_llama)
+    text = write_text(tmp_path / "t.txt")
+    options = [
+        f"model.path={model}",
+        "data=textfile",
+        f"data.path={text}",
+        "codecs=[]",
+        f"folder={tmp_path / 'c'}",
+        f"bundles={tmp_path / 'b'}",
+        "samples=4",
+        "length=128",
+        "fit.length=64",
+        "fit.windows=2",
+        "fit.check=2",
+        "fit.points=3",
+        "fit.widths=[2,4]",
+        "fit.fractions=[0.0,0.05]",
+        "fit.context=4k",
+    ]
+    run(load(CalibrateConfig, "calibrate", [*options, "target_bits=4", "curve=true"]), tmp_path)
+    said = capsys.readouterr().out
+    assert "best uniform cache of no more bytes" in said
+    folder = next((tmp_path / "b" / "m").iterdir())
+    assert folder.name.startswith("fit3.") and kvsmith.load(folder).spec.codec.k
+    data = json.loads((tmp_path / "budget.json").read_text())
+    assert data["chosen"][0]["bits"] <= 4 and len(data["uniform"]) == len(data["levels"])
+    for name in ("budget.png", "curve.png"):
+        assert (tmp_path / name).stat().st_size > 10_000
+    before = (tmp_path / "budget.json").read_bytes()
+    run(load(CalibrateConfig, "calibrate", [*options, "target_bits=4", "curve=true"]), tmp_path)
+    assert (tmp_path / "budget.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("options", "bits", "message"),
+    [
+        ({}, 1.0, r"target_bits: budget must be at least 1\.\d+ all-in bits \([\d,]+ bytes\)"),
+        ({"bytes": "1kB"}, None, r"fit\.bytes: budget must be at least .* got 1,000 bytes"),
+        ({"bytes": "1GiB"}, 3.0, r"fit\.bytes: value must be null, got 1GiB\. Give one of"),
+        ({"bytes": "much"}, None, r"fit\.bytes: value must be a size such as 20GiB"),
+        ({"context": "long"}, 3.0, r"fit\.context: value must be a number of tokens"),
+        ({}, -1.0, "target_bits: value must be positive, got -1.0"),
+        ({"template": "none"}, 3.0, r"fit\.template: codec must be a codec that quantizes"),
+        ({"template": "nuq9"}, 3.0, r"fit\.template: codec must be one of"),
+        ({"widths": ()}, 3.0, r"fit\.widths: value must be a list without repeats, got \[\]"),
+        ({"windows": 0}, 3.0, r"fit\.windows: value must be at least 1, got 0"),
+    ],
+)
+def test_mistakes_are_one_line(options: dict[str, Any], bits: float | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        request(BudgetOptions(**options), bits, False, SHAPE)
+    assert "\n" not in str(error.value)
+
+
+def test_nothing_asked_is_nothing_done(micro_llama: Callable[..., Any]) -> None:
+    assert request(BudgetOptions(), None, False, SHAPE) is None
+    with pytest.raises(ValueError, match="fit: budget must be given as bits= or bytes=, got noth"):
+        kvsmith.fit(micro_llama(), torch.zeros((1, 600), dtype=torch.int64))
+    with pytest.raises(ValueError, match="fit.texts: text must be at least 512 tokens"):
+        kvsmith.fit(micro_llama(), torch.zeros((1, 5), dtype=torch.int64), bits=4)
