@@ -100,7 +100,7 @@ def test_fit_spends_the_budget_where_it_counts(micro_llama: Callable[..., Any]) 
     assert kvsmith.sizes.bits_per_element(bundle.spec, shape, 1, 4096, torch.bfloat16) <= 3.4
     first, second = bundle.spec.codec.at(0), bundle.spec.codec.at(1)
     assert first.k.quantizer.bits == first.v.quantizer.bits == 2
-    assert second.v.quantizer.bits == 4
+    assert 4 in (second.k.quantizer.bits, second.v.quantizer.bits)
     assert bundle.manifest.quality["kld_predicted"] > 0
     again = kvsmith.fit(model, texts, bits=3.4, context=4096, **options)
     assert again.manifest == bundle.manifest  # the checksums of the tensors among it
