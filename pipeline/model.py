@@ -96,9 +96,15 @@ def load_model(cfg: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
     source = find_source(cfg.path)
     options = _loading(cfg, load_config(cfg), device)
     try:
-        model = _from_pretrained(AutoModelForCausalLM, cfg, source, **options)
+        model, info = _from_pretrained(
+            AutoModelForCausalLM, cfg, source, output_loading_info=True, **options
+        )
     except LOADING as error:
         raise refusal(cfg.path, "model", error, cfg.revision) from error
+    if lacking := sorted(info["missing_keys"]):  # they would be random numbers
+        got = f"nothing for {len(lacking)} of them, first {lacking[0]}"
+        remedy = "Copy or download the files again."
+        raise ValueError(explain(cfg.path, "weights", "complete", got, remedy))
     tokenizer = _tokenizer(cfg, source)
     if "device_map" not in options:
         model = model.to(device)

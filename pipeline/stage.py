@@ -92,6 +92,26 @@ def is_finished(stage: Stage, folder: Path, key: str | None = None) -> bool:
         return False  # a damaged marker: the work is done again
 
 
+def check_written(name: str, folder: Path, file: str) -> None:
+    """Refuse a file that is not as the stage `name` left it.
+
+    Args:
+        name: of the stage.
+        folder: as of `run_stage`.
+        file: one of the stage's `writes`.
+
+    Raises:
+        ValueError: the file was changed, cut or exchanged.
+    """
+    marker = folder / ".stages" / f"{name}.json"
+    if not marker.is_file():
+        return  # not finished: whoever reads it looks at its content
+    facts = read_json(marker).get("files", {}).get(file)
+    if facts is None or not _unchanged(folder / file, facts):
+        remedy = "Run calibrate.py again, which makes it anew."
+        raise ValueError(explain(str(folder / file), "file", "as written", "changed", remedy))
+
+
 def _marker(stage: Stage, folder: Path) -> Path:
     return folder / ".stages" / f"{stage.name}.json"
 
@@ -112,9 +132,16 @@ def locked(folder: Path) -> Iterator[None]:
 
     Raises:
         ValueError: another process holds the folder.
+        OSError: nothing can be written there; one line.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a") as file:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("a")
+    except OSError as error:
+        remedy = "Choose another folder."
+        text = explain(str(folder), "folder", "writable", f"({error.strerror})", remedy)
+        raise OSError(text) from error
+    with lock as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -128,20 +155,32 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def atomic_write(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all; its folder is made if absent."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a file whole or not at all; its folder is made if absent.
+
+    Raises:
+        OSError: the disk refuses; one line.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        _sync_name(path.parent)
+    except OSError as error:
+        remedy = "Make room or choose another folder; the same command then goes on."
+        text = explain(str(path), "file", "writable", f"({error.strerror})", remedy)
+        raise OSError(text) from error
     finally:
         temporary.unlink(missing_ok=True)
-    handle = os.open(path.parent, os.O_RDONLY)
+
+
+def _sync_name(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(handle)  # the new name
+        os.fsync(handle)
     finally:
         os.close(handle)
 

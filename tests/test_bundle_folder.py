@@ -116,13 +116,16 @@ def test_a_writer_that_fails_leaves_what_was_there(
 
 
 def test_what_killed_writers_left_is_cleaned_up(tmp_path: Path) -> None:
-    stale, young, foreign = (tmp_path / n for n in (".b.tmp-1", ".b.tmp-2", ".c.tmp-3"))
-    for path in (stale, young, foreign):
+    names = (".b.tmp-1", ".b.tmp-2", ".c.tmp-3", ".b.tmp-4")
+    stale, young, foreign, future = (tmp_path / n for n in names)
+    for path in (stale, young, foreign, future):
         path.mkdir()
         (path / SHARD).write_bytes(b"half")
     past = time.time() - 2 * folder_module.STALE_SECONDS
     for path in (stale, foreign):
         os.utime(path, (past, past))
+    later = time.time() + 2 * folder_module.STALE_SECONDS
+    os.utime(future, (later, later))  # the clock went back
     golden_bundle().save_pretrained(tmp_path / "b")
     assert sorted(os.listdir(tmp_path)) == [".b.tmp-2", ".c.tmp-3", "b"]
 

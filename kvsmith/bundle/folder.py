@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from kvsmith.bundle.errors import refuse
+from kvsmith.errors import explain
 
 STALE_SECONDS = 3600.0
 _FLAGS = (
@@ -75,24 +76,28 @@ def write_folder(target: Path, files: Mapping[str, bytes], overwrite: bool) -> N
 
     Raises:
         BundleError: the target exists with other content and may not be replaced.
-        OSError: the disk refuses.
+        OSError: the disk refuses; one line.
     """
     target = target.absolute()
     if holds(target, files):
         return
     _check_replaceable(target, overwrite)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _remove_stale(target)
     temporary = _temporary(target)
-    temporary.mkdir()
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_stale(target)
+        temporary.mkdir()
         for name, data in files.items():
             _write_synced(temporary / name, data)
         _sync_folder(temporary)
         _swap(temporary, target, files)
+        _sync_folder(target.parent)
+    except OSError as error:
+        remedy = "Make room or choose another folder."
+        text = explain(str(target), "folder", "writable", f"({error.strerror})", remedy)
+        raise OSError(text) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    _sync_folder(target.parent)
 
 
 def holds(folder: Path, files: Mapping[str, bytes]) -> bool:
@@ -129,11 +134,14 @@ def _temporary(target: Path) -> Path:
 
 
 def _remove_stale(target: Path) -> None:
-    """Delete what writers that were killed left beside the target; a living one is younger."""
+    """Delete what writers that were killed left beside the target; a living one is younger.
+
+    A folder from the future, left before the clock was set back, counts as old too.
+    """
     prefix = f".{target.name}.tmp-"
     for path in [p for p in target.parent.iterdir() if p.name.startswith(prefix)]:
         try:
-            if time.time() - path.stat().st_mtime > STALE_SECONDS:
+            if abs(time.time() - path.stat().st_mtime) > STALE_SECONDS:
                 shutil.rmtree(path, ignore_errors=True)
         except OSError:  # gone meanwhile
             continue

@@ -19,6 +19,7 @@ from kvsmith.pipeline.config import input_path
 from kvsmith.pipeline.fit import Sensitivity
 from kvsmith.pipeline.model import ModelConfig
 from kvsmith.pipeline.stage import (
+    check_written,
     read_json,
     read_safetensors,
 )
@@ -141,6 +142,7 @@ def read_record(folder: Path) -> Record:
     if not path.is_file():
         remedy = "Run calibrate.py for this model to its end."
         raise FileNotFoundError(explain(str(path), "file", "present", "nothing", remedy))
+    check_written("collect", folder, RECORD)
     return from_dict(Record, read_json(path), str(path))
 
 
@@ -202,7 +204,9 @@ def read_statistics(folder: Path, record: Record, layer: int) -> LayerStatistics
     Raises:
         FileNotFoundError, ValueError: the file is missing, damaged or of another shape.
     """
-    path = folder / "statistics" / f"{layer_file(layer)}.safetensors"
+    name = f"statistics/{layer_file(layer)}.safetensors"
+    path = folder / name
+    check_written("collect", folder, name)
     stats = LayerStatistics(record.source.plan, record.source.base_model.layers[layer])
     try:
         stats.load_state_dict(read_safetensors(path))

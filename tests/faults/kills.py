@@ -28,7 +28,7 @@ import torch
 import kvsmith
 from kvsmith.pipeline import calibrate, export
 from kvsmith.pipeline.calibration import collect
-from kvsmith.pipeline.config import load
+from kvsmith.pipeline.config import load, main_guard
 from kvsmith.pipeline.stage import read_json
 from tests.faults.tripwire import Phase, Tripwire
 
@@ -80,10 +80,9 @@ def worker(job: Commands, wire: Tripwire | None) -> int:
         os.dup2(quiet, 2)
         if wire is not None:
             wire.install()
-        job.run()
-        if wire is not None:
+        code = main_guard(job.run)
+        if wire is not None and wire.number is None:
             (job.work / "calls").write_text(str(wire.count))
-        code = 0
     finally:
         sys.stdout.flush()
         os._exit(code)
@@ -146,13 +145,13 @@ def finish(place: Path, work: Path) -> None:
 
 
 def campaign(place: Path, count: int, seed: int) -> dict[str, int]:
-    """Kill `count` runs; how many of them died of it, by kind.
+    """Kill `count` runs, and give a quarter as many a disk that fills up; how many, by kind.
 
     Raises:
         AssertionError: a run ended in other bytes, or a reader met something half-written.
     """
     whole, calls, seconds = undisturbed(place)
-    tally = {"time": 0, "call": 0, "too late": 0}
+    tally = {"time": 0, "call": 0, "too late": 0, "full disk": 0}
     for i in range(count):
         rng = random.Random(f"{seed}/{i}")
         work = place / f"case-{i}"
@@ -169,11 +168,33 @@ def campaign(place: Path, count: int, seed: int) -> dict[str, int]:
             tally["too late"] += 1
             shutil.rmtree(work)
         tally[kind] += 1
-        finish(place, work)
-        if contents(work) != whole:
-            raise AssertionError(f"seed {seed}, number {i}: other bytes in {work}")
-        shutil.rmtree(work)
+        resume(place, work, whole, f"seed {seed}, number {i}")
+    for i in range(count // 4):
+        rng = random.Random(f"{seed}/full/{i}")
+        work = place / f"full-{i}"
+        wire = Tripwire(rng.randrange(calls), full=True)
+        status = watch(worker(commands(place, work), wire), work)
+        check_full(status, (work / "output").read_text(), work)
+        tally["full disk"] += os.waitstatus_to_exitcode(status) == 1
+        resume(place, work, whole, f"seed {seed}, full {i}")
     return tally
+
+
+def check_full(status: int, said: str, work: Path) -> None:
+    """A run on a disk that filled up ends with one line that names a file of its own."""
+    code = os.waitstatus_to_exitcode(status)
+    errors = [line for line in said.splitlines() if line.startswith("error: ")]
+    one = len(errors) == 1 and "No space left" in errors[0] and str(work) in errors[0]
+    if code != 0 and not (code == 1 and one and said.endswith(f"{errors[0]}\n")):
+        raise AssertionError(f"{work}: exit {code}: {said}")
+
+
+def resume(place: Path, work: Path, whole: dict[str, bytes], what: str) -> None:
+    """The same command again leaves the bytes of an undisturbed run."""
+    finish(place, work)
+    if contents(work) != whole:
+        raise AssertionError(f"{what}: other bytes in {work}")
+    shutil.rmtree(work)
 
 
 def undisturbed(place: Path) -> tuple[dict[str, bytes], int, float]:

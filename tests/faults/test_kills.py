@@ -29,3 +29,4 @@ def test_killed_anywhere_the_same_command_ends_in_the_same_bytes(
     tally = json.loads(done.stdout.splitlines()[-1])
     sys.stdout.write(f"{tally}\n")
     assert tally["call"] == count // 2 and tally["call"] + tally["time"] == count
+    assert tally["full disk"] >= count // 4 - count // 16

@@ -1,7 +1,8 @@
-"""Counts the calls that change the disk, and kills the process at one of them."""
+"""Counts calls that change the disk, and kills the process, or lets the disk be full, at one."""
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import signal
@@ -20,16 +21,18 @@ class Tripwire:
     Attributes:
         number: the call to die at, counted from 0; None only counts.
         phase: before it, after it, or (of a write) when half of it is done.
+        full: instead of dying, this and every later write and fsync find the disk full.
         count: calls so far.
     """
 
     number: int | None = None
     phase: Phase = "before"
+    full: bool = False
     count: int = 0
 
     def install(self) -> None:
         for name in CALLS:
-            setattr(os, name, self._watched(getattr(os, name)))
+            setattr(os, name, self._watched(getattr(os, name), name))
         opened = io.open
 
         def watched(*args: Any, **kwargs: Any) -> Any:
@@ -38,14 +41,24 @@ class Tripwire:
 
         io.open = watched  # type: ignore[assignment]
 
-    def reached(self) -> bool:
-        """Count one call; whether it is the one."""
-        self.count += 1
-        return self.count - 1 == self.number
+    def reached(self, growing: bool = True, path: object = None) -> bool:
+        """Count one call; whether to die at it.
 
-    def _watched(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        Raises:
+            OSError: the disk is full, and the call would make it fuller.
+        """
+        self.count += 1
+        if self.number is None or self.count <= self.number:
+            return False
+        if not self.full:
+            return self.count - 1 == self.number
+        if growing:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+        return False
+
+    def _watched(self, call: Callable[..., Any], name: str) -> Callable[..., Any]:
         def watched(*args: Any, **kwargs: Any) -> Any:
-            if not self.reached():
+            if not self.reached(name in ("fsync", "mkdir"), args[0] if name == "mkdir" else None):
                 return call(*args, **kwargs)
             try:
                 return None if self.phase == "before" else call(*args, **kwargs)

@@ -35,6 +35,7 @@ from kvsmith.pipeline.model import (
     model_device,
 )
 from kvsmith.pipeline.training.tokenizer import train_tokenizer
+from tests.micro_model import write_model
 
 
 @pytest.fixture(scope="module")
@@ -254,3 +255,17 @@ def test_the_shipped_model_is_what_its_record_says(tiny_model_dir: Path) -> None
     out = model.generate(**ids, max_new_tokens=8, do_sample=False)
     text = tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
     assert len(text) > 8 and sample["continuation"].startswith(text)
+
+
+def test_exchanged_shards_are_no_model(tmp_path: Path, micro_llama: Callable[..., Any]) -> None:
+    folder = write_model(tmp_path / "micro", micro_llama, layers=4)
+    micro_llama(vocab=257, layers=4).save_pretrained(folder, max_shard_size="60KB")
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    first, second = sorted(folder.glob("model-*.safetensors"))[:2]
+    first.rename(folder / "x")
+    second.rename(first)
+    (folder / "x").rename(second)
+    load_model(ModelConfig(str(folder), device="cpu"))  # the index is not needed to find a tensor
+    second.write_bytes(first.read_bytes())
+    with pytest.raises(ValueError, match=r"weights must be complete, got nothing for \d+ of them"):
+        load_model(ModelConfig(str(folder), device="cpu"))
