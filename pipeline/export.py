@@ -32,11 +32,13 @@ from kvsmith.pipeline.data import DataConfig, PydocsData, data_name, token_block
 from kvsmith.pipeline.evaluation.find import shown
 from kvsmith.pipeline.fit import Sensitivity
 from kvsmith.pipeline.fp8_checkpoint import Checkpoint, Weights, model_folder, scales_of
+from kvsmith.pipeline.interop.kvquant import read_quantizers
 from kvsmith.pipeline.log import LoggerConfig, NoLogger, Run
 from kvsmith.pipeline.model import ModelConfig, load_config, load_model
-from kvsmith.pipeline.stage import locked, read_json
+from kvsmith.pipeline.stage import file_hash, locked, read_json
 from kvsmith.spec import CacheSpec, CodecSpec
 from kvsmith.strict import to_dict
+from kvsmith.version import __version__
 
 SHARD = "cache.safetensors"
 
@@ -52,6 +54,7 @@ class ExportConfig:
         page_size: tokens by which a cache grows.
         sensitivity: weights of the codebook fit.
         calibration: folder of a finished calibration; None is the newest one of the model.
+        quantizers: `quantizers.pickle` of KVQuant's own program, in place of a calibration.
         calibrations: where calibrations are looked for.
         quality: JSON file with measured numbers; None writes none.
         format: a bundle, or a checkpoint with 8-bit cache scales (`compressed-tensors`), which
@@ -71,6 +74,7 @@ class ExportConfig:
     page_size: int = 128
     sensitivity: Sensitivity = "fisher"
     calibration: str | None = None
+    quantizers: str | None = None
     calibrations: str = "artifacts/calibration"
     quality: str | None = None
     format: Literal["bundle", "compressed-tensors"] = "bundle"
@@ -156,13 +160,18 @@ def make_bundle(cfg: ExportConfig, log: Run) -> tuple[Bundle, str]:
     check_geometry(spec, base.geometry)
     calibration: Calibration | None = None
     parameters: dict[str, Tensor] = {}
-    if expected_tensors(spec, base.geometry):
+    program = None
+    if cfg.quantizers is not None:
+        path = input_path(cfg.quantizers)
+        parameters = read_quantizers(path, cfg.codec, base.geometry)
+        program = f"kvsmith {__version__}, quantizers of KVQuant {file_hash(path)[:16]}"
+    elif expected_tensors(spec, base.geometry):
         calibration, parameters = calibrated(cfg, base, log)
-    bundle = Bundle.create(spec, parameters, base, calibration)
+    bundle = Bundle.create(spec, parameters, base, calibration, None, program)
     name = f"{codec_name(cfg.codec)}-{identity(bundle)}"
     if cfg.quality is not None:
         quality = read_quality(input_path(cfg.quality), name)
-        bundle = Bundle.create(spec, parameters, base, calibration, quality)
+        bundle = Bundle.create(spec, parameters, base, calibration, quality, program)
     return bundle, name
 
 

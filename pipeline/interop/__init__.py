@@ -1,0 +1,5 @@
+"""What other programs wrote, read without running any of it.
+
+`pickles.py` is a reader of pickles that knows numbers, containers, tensors and arrays and calls
+nothing; `kvquant.py` turns KVQuant's quantizers into parameters of a codec.
+"""
