@@ -22,8 +22,11 @@ class Format:
         slots: outliers stored a token, N; `block * slots` stand together, ordered by head.
         block: tokens that are encoded together.
         outliers: "threshold" corrects elements beyond the calibrated range, "error" those coded
-            worst, "extremes" the token's largest and smallest elements, "none" nothing.
+            worst, "extremes" the largest and smallest elements of a token (axis "token") or of a
+            channel in a block (axis "channel"), "none" nothing.
         store: dtype of online ranges and corrections.
+        channel_slots: outliers of a channel in a block under the rule "extremes" of axis "channel";
+            slots of a block that this leaves over hold a correction of 0.
     """
 
     bits: int
@@ -33,6 +36,24 @@ class Format:
     outliers: OutlierRule
     store: torch.dtype
     block: int = 16
+    channel_slots: int = 0
+
+
+@dataclass(frozen=True)
+class Factors:
+    """How the low-rank factors of an encoded tensor are stored.
+
+    Attributes:
+        block: tokens that share factors.
+        iterations: subspace iterations that find them.
+        bits: width of their elements, 0 for `store`.
+        store: dtype of the elements, or of their scales.
+    """
+
+    block: int
+    iterations: int
+    bits: int
+    store: torch.dtype
 
 
 def index_dtype(largest: int) -> torch.dtype:

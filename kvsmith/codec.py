@@ -11,9 +11,12 @@ from kvsmith.errors import explain
 from kvsmith.kernels.decode.api import decode, decode_tiles
 from kvsmith.kernels.decode.tiles import order_tensors, tile_order
 from kvsmith.kernels.encode_pack.api import encode_pack
-from kvsmith.kernels.format import Format, OutlierRule, Tables
-from kvsmith.layout import outlier_slots, parameter_tensors
+from kvsmith.kernels.format import Factors, Format, OutlierRule, Tables
+from kvsmith.kernels.low_rank.api import add_low_rank, fit_low_rank, read_factors
+from kvsmith.layout import channel_slots, outlier_slots, parameter_tensors
 from kvsmith.spec import Identity, StaticThreshold, TensorCodec
+
+Tensors = dict[str, torch.Tensor]
 
 
 def uniform_levels(bits: int) -> torch.Tensor:
@@ -68,9 +71,12 @@ class Codec:
         q = spec.quantizer
         if isinstance(q, Identity):
             return
-        slots = outlier_slots(spec, heads, dim)
+        slots = outlier_slots(spec, heads, dim, block)
         outliers = _outlier_rule(spec) if slots else "none"
-        self.format = Format(q.bits, q.axis, q.group_size or 0, slots, outliers, store, block)
+        each, group = channel_slots(spec, block), q.group_size or 0
+        self.format = Format(q.bits, q.axis, group, slots, outliers, store, block, each)
+        low_rank = spec.low_rank
+        self.factors = low_rank and Factors(block, low_rank.iterations, low_rank.bits or 0, store)
         lut = parameters.get("lut")
         if lut is None:
             lut = uniform_levels(q.bits) if q.kind == "uniform" else normal_levels(q.bits)
@@ -94,16 +100,31 @@ class Codec:
         t = self.tables
         return [x for x in (t.lut, t.edges, t.scale, t.zero) if x is not None]
 
-    def encode(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Encode [B, H, T, D]; the result is named and shaped as `page_tensors` says."""
-        return {"dense": x} if self.is_identity else encode_pack(x, self.format, self.tables)
+    def encode(self, x: torch.Tensor, rank: int | None = None) -> Tensors:
+        """Encode tokens.
+
+        Args:
+            x: [B, H, T, D] float.
+            rank: of the low-rank part, None for the spec's.
+
+        Returns:
+            Tensors named and shaped as `page_tensors` says.
+        """
+        if self.is_identity:
+            return {"dense": x}
+        tensors = encode_pack(x, self.format, self.tables)
+        if self.factors and self.spec.low_rank:
+            error = x.float() - decode(tensors, self.format, self.tables, self.dim)
+            tensors |= fit_low_rank(error, self.factors, rank or self.spec.low_rank.rank)
+        return tensors
 
     def decode(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Decode to [B, H, T, D]: the model's dtype for the identity, else float32."""
+        if self.is_identity:
+            return tensors["dense"]
+        x = decode(tensors, self.format, self.tables, self.dim)
         return (
-            tensors["dense"]
-            if self.is_identity
-            else decode(tensors, self.format, self.tables, self.dim)
+            add_low_rank(x, *read_factors(tensors, self.factors, self.dim)) if self.factors else x
         )
 
     @property
@@ -115,7 +136,11 @@ class Codec:
 
     def decode_tiles(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Decode to [B, H, T, D] float32 with the channels in tile order, faster."""
-        return decode_tiles(tensors, self.format, self.tables, self.dim)
+        x = decode_tiles(tensors, self.format, self.tables, self.dim)
+        if not self.factors:
+            return x
+        left, right = read_factors(tensors, self.factors, self.dim)
+        return add_low_rank(x, left, right[..., self.tile_order])
 
 
 def _outlier_rule(spec: TensorCodec) -> OutlierRule:

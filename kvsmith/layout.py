@@ -14,7 +14,7 @@ from kvsmith.geometry import LayerGeometry, ModelGeometry
 from kvsmith.kernels.format import index_dtype
 from kvsmith.kernels.pack.api import packed_bytes
 from kvsmith.less.spec import less_tensors
-from kvsmith.spec import CacheSpec, CodecSpec, Identity, TensorCodec
+from kvsmith.spec import CacheSpec, CodecSpec, Identity, LowRank, TensorCodec, TopK
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -39,9 +39,29 @@ class TensorInfo:
         return prod(self.shape) * self.dtype.itemsize
 
 
-def outlier_slots(codec: TensorCodec, heads: int, dim: int) -> int:
-    """Outliers stored a token, N = round(fraction * heads * dim)."""
+def outlier_slots(codec: TensorCodec, heads: int, dim: int, block: int) -> int:
+    """Outliers stored a token, N.
+
+    Args:
+        codec: the codec.
+        heads: KV heads H.
+        dim: channels of a head D.
+        block: tokens that are encoded together.
+
+    Returns:
+        round(fraction * H * D); for extremes of channels what their outliers come to, rounded up.
+    """
+    if count := channel_slots(codec, block):
+        return -(-count * heads * dim // block)
     return round(codec.fraction * heads * dim)
+
+
+def channel_slots(codec: TensorCodec, block: int) -> int:
+    """Outliers of a channel in a block, where channels are the vectors of `TopK`; else 0."""
+    q = codec.quantizer
+    if isinstance(q, Identity) or q.axis == "token" or not isinstance(codec.outliers, TopK):
+        return 0
+    return round(codec.fraction * block)
 
 
 def parameter_tensors(codec: TensorCodec, heads: int, dim: int) -> dict[str, TensorInfo]:
@@ -108,7 +128,7 @@ def page_tensors(
         shape = _range_shape(q.axis, q.group_size, heads, tokens, dim)
         tensors["scale"] = TensorInfo(shape, store, "half width of the range")
         tensors["zero"] = TensorInfo(shape, store, "centre of the range")
-    if slots := outlier_slots(codec, heads, dim):
+    if slots := outlier_slots(codec, heads, dim, block):
         blocks, each = tokens // block, block * slots
         tensors["index"] = TensorInfo(
             (blocks, each), index_dtype(block * dim - 1), "token in block * D + channel, unsigned"
@@ -119,7 +139,26 @@ def page_tensors(
         tensors["start"] = TensorInfo(
             (blocks, heads + 1), index_dtype(each), "first correction of each head, unsigned"
         )
+    if codec.low_rank is not None:
+        tensors |= _factor_tensors(codec.low_rank, heads, dim, tokens // block, block, store)
     return tensors
+
+
+def _factor_tensors(
+    part: LowRank, heads: int, dim: int, blocks: int, block: int, store: torch.dtype
+) -> dict[str, TensorInfo]:
+    shape = (heads, blocks, part.rank)
+    if part.bits is None:
+        return {
+            "left": TensorInfo((*shape, block), store, "orthonormal columns of A"),
+            "right": TensorInfo((*shape, dim), store, "columns of B, units of the cached tensor"),
+        }
+    sizes = [packed_bytes(n, part.bits) for n in (block, dim)]
+    return {
+        "left": TensorInfo((*shape, sizes[0]), torch.uint8, "packed codes of A"),
+        "right": TensorInfo((*shape, sizes[1]), torch.uint8, "packed codes of B"),
+        "factor_scale": TensorInfo(shape, store, "largest element of a column of A B^T"),
+    }
 
 
 def _range_shape(
@@ -160,7 +199,13 @@ def check_geometry(spec: CacheSpec, geometry: ModelGeometry) -> None:
                         where, "group", f"a divisor of head dim {dim} (layer {i})", q.group_size
                     )
                 )
-            block, slots = spec.codec.block_size, outlier_slots(codec, layer.kv_heads, dim)
+            block = spec.codec.block_size
+            slots = outlier_slots(codec, layer.kv_heads, dim, block)
+            if codec.low_rank is not None and codec.low_rank.largest > dim:
+                expected = f"at most head dim {dim} (layer {i})"
+                raise ValueError(
+                    explain(f"codec.{name}.low_rank", "rank", expected, codec.low_rank.largest)
+                )
             if slots and block * max(dim, slots) >= 65536:
                 raise ValueError(
                     explain(
@@ -184,7 +229,8 @@ def slot_heads(codec: TensorCodec, heads: int) -> int:
     head: one, where a codec would share a range or a choice of outliers among them.
     """
     q = codec.quantizer
-    shared = not isinstance(q, Identity) and q.axis == "token" and q.group_size is None
+    shared = not isinstance(q, Identity) and q.axis == "token"
+    shared &= isinstance(codec.outliers, TopK) or getattr(q, "group_size", None) is None
     return 1 if shared else heads
 
 

@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from kvsmith.codec import Codec
+from kvsmith.codec import Codec, Tensors
 from kvsmith.layout import PageLayout, Place
 
-Tensors = dict[str, torch.Tensor]
+# Dimension that counts blocks, of tensors that blocks share.
+_BLOCK_DIM = {"index": 1, "value": 1, "start": 1, "left": 2, "right": 2, "factor_scale": 2}
 
 
 class Page:
@@ -45,7 +46,8 @@ def _views(buffer: torch.Tensor, places: Mapping[str, Place]) -> Tensors:
 
 def write(tensors: Tensors, codec: Codec, offset: int, x: torch.Tensor) -> None:
     """Encode tokens [B, H, T, D] into one side of a page from token `offset` on."""
-    for name, part in codec.encode(x).items():
+    rank = tensors["left"].shape[-2] if "left" in tensors else None
+    for name, part in codec.encode(x, rank).items():
         _tokens(tensors[name], name, codec, offset, offset + x.shape[2]).copy_(part)
 
 
@@ -66,7 +68,7 @@ def _token_dim(name: str, codec: Codec) -> int:
     """Dimension of a page tensor that counts tokens, groups or blocks of them."""
     if name in ("scale", "zero"):
         return 1 if codec.format.axis == "token" and not codec.format.group else 2
-    return 1 if name in ("index", "value", "start") else 2
+    return _BLOCK_DIM.get(name, 2)
 
 
 def _tokens(tensor: torch.Tensor, name: str, codec: Codec, start: int, stop: int) -> torch.Tensor:
@@ -74,7 +76,7 @@ def _tokens(tensor: torch.Tensor, name: str, codec: Codec, start: int, stop: int
     unit = 1
     if name in ("scale", "zero") and codec.format.axis == "channel":
         unit = codec.format.group
-    elif name in ("index", "value", "start"):
+    elif name in _BLOCK_DIM:
         unit = codec.format.block
     first, last = start // unit, -(-stop // unit)
     return tensor.narrow(_token_dim(name, codec), first, last - first)

@@ -99,6 +99,7 @@ def cache_bytes(
     tokens: int,
     dense: torch.dtype,
     position_rows: int = 1,
+    prompt: int | None = None,
 ) -> CacheBytes:
     """Bytes that a cache holds once `tokens` tokens have been appended to each row.
 
@@ -110,6 +111,8 @@ def cache_bytes(
         dense: dtype of the model's keys and values.
         position_rows: rows of position ids: 0 for a model without RoPE (or keys stored after it), 1
             where all batch rows share their positions, else B.
+        prompt: tokens of the first step, whose pages may have a low rank of their own; None is
+            `tokens`.
 
     Returns:
         CacheBytes; equal to the allocated bytes of the runtime's cache (see `held_pages` for layers
@@ -119,8 +122,9 @@ def cache_bytes(
     evicting = evicting_layers(spec, geometry)
     dense_tokens = codec.sinks + codec.recent + codec.block_size
     owners = Counter((geometry.layers[i], codec.at(i), i in evicting) for i in geometry.owners)
+    lengths = (tokens, tokens if prompt is None else prompt)
     body = batch * sum(
-        n * held_pages(c, page, tokens, g.window) * page_layout(c, g, page, dense).nbytes
+        n * _page_bytes(c, g, page, lengths, dense)
         for (g, c, evicts), n in owners.items()
         if not evicts
     )
@@ -136,6 +140,18 @@ def cache_bytes(
         own = replace(spec, codec=codec.at(i))
         total = total.plus(_evicting_bytes(own, geometry.layers[i], index, batch, dense))
     return total
+
+
+def _page_bytes(
+    codec: CodecSpec, layer: LayerGeometry, page: int, lengths: tuple[int, int], dense: torch.dtype
+) -> int:
+    """Bytes of a layer's pages in one row; lengths: tokens, and those of them in the first step."""
+    tokens, prompt = lengths
+    held = held_pages(codec, page, tokens, layer.window)
+    freed = -(-encoded_tokens(codec, tokens) // page) - held
+    first = max(-(-encoded_tokens(codec, prompt) // page) - freed, 0)
+    rest = (held - first) * page_layout(codec, layer, page, dense).nbytes
+    return first * page_layout(codec.of_prompt(), layer, page, dense).nbytes + rest
 
 
 def _evicting_bytes(

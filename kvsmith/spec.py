@@ -1,8 +1,8 @@
 """What a cache is: frozen dataclasses that YAML, manifests and the runtime share.
 
-A codec stores `x ~ Q(fill(x)) + S`: `Q` a quantizer (uniform or non-uniform, NUQ), `S` a sparse
-correction at outlier positions. `layout.py` says which tensors each part owns and how many bytes
-they take.
+A codec stores `x ~ Q(fill(x)) + S + A B^T`: `Q` a quantizer (uniform or non-uniform, NUQ), `S` a
+sparse correction at outlier positions, `A B^T` a low-rank correction of the error of a block.
+`layout.py` says which tensors each part owns and how many bytes they take.
 
 Every quantizer works on values normalised to [-1, 1] by `(x - zero) / scale`. The range (scale,
 zero) belongs to a channel or to a token; it is either calibrated once and kept in the bundle, or
@@ -109,10 +109,12 @@ class StaticThreshold:
 
 @dataclass(frozen=True)
 class TopK:
-    """Outliers of a token, found online: N = round(fraction * KV width), half the largest, half the
-    smallest.
+    """Extremes of a vector of n elements, found online: round(fraction * n) of them, half the
+    largest, half the smallest.
 
-    They are left out of the token's range; an odd slot goes to the end that lies farther from the
+    The vector is a token over all heads where tokens have ranges (axis "token"), and a channel over
+    the tokens of a block where channels have them (axis "channel"), whatever the length of the
+    text. They are left out of the ranges; an odd one is the next extreme that lies farther from the
     median.
 
     Attributes:
@@ -127,16 +129,53 @@ class TopK:
 
 
 @dataclass(frozen=True)
+class LowRank:
+    """The error of each head and block as a product A B^T of `rank` columns. Source: GEAR,
+    arXiv:2403.05527v4, section 3.
+
+    Attributes:
+        rank: columns R, at most block_size and the head dim.
+        prompt_rank: columns in pages begun by the first forward pass; None is `rank`.
+        iterations: subspace iterations, 1 to 16.
+        bits: width of the factors' elements, 2 to 8, with one scale a column; None keeps them in
+            store_dtype.
+    """
+
+    rank: int = 2
+    prompt_rank: int | None = None
+    iterations: int = 3
+    bits: int | None = None
+
+    def __post_init__(self) -> None:
+        ranks = [self.rank] if self.prompt_rank is None else [self.rank, self.prompt_rank]
+        for name, value, least, most in (
+            ("rank", min(ranks), 1, "the head dim"),
+            ("iterations", self.iterations, 1, 16),
+            ("bits", 2 if self.bits is None else self.bits, 2, 8),
+        ):
+            if value < least or (isinstance(most, int) and value > most):
+                expected = f"between {least} and {most}"
+                raise ValueError(explain(f"low_rank.{name}", "value", expected, value))
+
+    @property
+    def largest(self) -> int:
+        """The larger of both ranks."""
+        return max(self.rank, self.prompt_rank or 0)
+
+
+@dataclass(frozen=True)
 class TensorCodec:
     """How keys, or values, are stored.
 
     Attributes:
         quantizer: the dense part Q.
         outliers: the sparse part S, None for nothing.
+        low_rank: the low-rank part A B^T, None for nothing.
     """
 
     quantizer: Identity | Uniform | NUQ
     outliers: StaticThreshold | TopK | None = None
+    low_rank: LowRank | None = added_later(None)
 
     def __post_init__(self) -> None:
         q, o = self.quantizer, self.outliers
@@ -150,18 +189,18 @@ class TensorCodec:
                     q.kind,
                 )
             )
-        if isinstance(o, TopK) and (
-            isinstance(q, Identity) or q.axis != "token" or q.group_size is not None
-        ):
+        if isinstance(o, TopK) and (isinstance(q, Identity) or calibrated):
             raise ValueError(
                 explain(
                     "outliers.kind",
                     "top_k",
-                    "paired with a quantizer of axis token and no group_size",
+                    "paired with a quantizer of online ranges",
                     q.kind,
                     "Use static_threshold with calibrated ranges.",
                 )
             )
+        if self.low_rank is not None and isinstance(q, Identity):
+            raise ValueError(explain("low_rank", "quantizer", "one that leaves an error", q.kind))
 
     @property
     def fraction(self) -> float:
@@ -235,9 +274,22 @@ class CodecSpec:
 
     def _check_groups(self, sides: CodecSpec | LayerCodec, where: str) -> None:
         for name in ("k", "v"):
-            q = getattr(sides, name).quantizer
+            side: TensorCodec = getattr(sides, name)
+            q, low_rank, outliers = side.quantizer, side.low_rank, side.outliers
+            if low_rank is not None and low_rank.largest > self.block_size:
+                expected = f"at most block_size = {self.block_size}"
+                raise ValueError(
+                    explain(f"{where}.{name}.low_rank", "rank", expected, low_rank.largest)
+                )
             if isinstance(q, Identity) or q.axis == "token" or q.group_size is None:
                 continue
+            if isinstance(outliers, TopK) and 0 < outliers.fraction * self.block_size <= 0.5:
+                expected = f"0, or enough for one of the block_size = {self.block_size} tokens"
+                raise ValueError(
+                    explain(
+                        f"{where}.{name}.outliers.fraction", "share", expected, outliers.fraction
+                    )
+                )
             if self.block_size % q.group_size:
                 raise ValueError(
                     explain(
@@ -254,6 +306,16 @@ class CodecSpec:
             return self
         own = next((c for c in self.layers if c.layer == layer), self)
         return replace(self, k=own.k, v=own.v, layers=())
+
+    def of_prompt(self) -> CodecSpec:
+        """The codec of one layer as it stores the pages of the prompt."""
+        k, v = (
+            replace(c, low_rank=replace(c.low_rank, rank=c.low_rank.prompt_rank, prompt_rank=None))
+            if c.low_rank and c.low_rank.prompt_rank
+            else c
+            for c in (self.k, self.v)
+        )
+        return replace(self, k=k, v=v)
 
 
 @dataclass(frozen=True)

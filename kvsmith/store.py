@@ -70,6 +70,7 @@ class LayerStore:
         self.length = self.encoded = 0
         self.pages: list[Page] = []
         self.freed = 0  # pages that a sliding window has left behind
+        self.prompt_pages = 0  # pages begun by the first step, whose low rank may differ
         self.sinks: Pair | None = None
         self.recent: Pair | None = None
         self.padding: torch.Tensor | None = None
@@ -107,7 +108,7 @@ class LayerStore:
         skip = min(max(self.spec.sinks - self.length, 0), k.shape[2])
         held, before = max(self.length - self.body_end, 0), self.length
         self.length += k.shape[2]
-        self._write_recent((k[:, :, skip:], v[:, :, skip:]), held)
+        self._write_recent((k[:, :, skip:], v[:, :, skip:]), held, before == 0)
         # The queries of this step still read what the first of them can see.
         self._free_passed(before or self.length)
 
@@ -128,7 +129,7 @@ class LayerStore:
                 explain("cache", "batch, KV heads, head dim", str(expected), str(tuple(k.shape)))
             )
 
-    def _write_recent(self, new: tuple[torch.Tensor, torch.Tensor], held: int) -> None:
+    def _write_recent(self, new: Pair, held: int, in_prompt: bool) -> None:
         """Join `held` recent tokens with the new ones; encode the oldest blocks, keep the rest
         dense.
         """
@@ -139,12 +140,11 @@ class LayerStore:
         while done < count:
             # Page-sized steps keep the transient copy of a long prompt small.
             step = min(self.page_size - self.encoded % self.page_size, count - done)
-            self._encode(
-                *(
-                    _window(r, x, held, done, done + step)
-                    for r, x in zip(self.recent, new, strict=True)
-                )
+            k, v = (
+                _window(r, x, held, done, done + step)
+                for r, x in zip(self.recent, new, strict=True)
             )
+            self._encode(k, v, in_prompt)
             done += step
         for buffer, x in zip(self.recent, new, strict=True):
             if count:
@@ -152,11 +152,13 @@ class LayerStore:
             else:
                 buffer[:, :, held:total] = x
 
-    def _encode(self, k: torch.Tensor, v: torch.Tensor) -> None:
+    def _encode(self, k: torch.Tensor, v: torch.Tensor, in_prompt: bool) -> None:
         offset = self.encoded % self.page_size
         if offset == 0:
-            layout = page_layout(self.spec, self.geometry, self.page_size, k.dtype)
+            spec = self.spec.of_prompt() if in_prompt else self.spec
+            layout = page_layout(spec, self.geometry, self.page_size, k.dtype)
             self.pages.append(new_page(layout, k))
+            self.prompt_pages += in_prompt
         for codec, tensors, x in zip(self.codecs, self.pages[-1].sides, (k, v), strict=True):
             write(tensors, codec, offset, x)
         self.encoded += k.shape[2]
@@ -194,9 +196,14 @@ class LayerStore:
                 yield Segment(k, v, None, sink_columns(self.padding, self.spec.sinks))
         body = min(self.encoded, stop - S)
         run = max(1, chunk // self.page_size)
-        for first in range(self.freed, -(-max(body, 0) // self.page_size), run):
-            stop_token = min(body, (first + run) * self.page_size)
-            yield self._decode(first, stop_token, (k_tiles, v_tiles))
+        last = -(-max(body, 0) // self.page_size)
+        first = self.freed
+        while first < last:
+            # Pages whose low ranks differ are not decoded together.
+            limit = self.prompt_pages if first < self.prompt_pages else last
+            stop_page = min(first + run, limit, last)
+            yield self._decode(first, min(body, stop_page * self.page_size), (k_tiles, v_tiles))
+            first = stop_page
         if stop > self.body_end and self.recent is not None:
             k, v = self.recent
             yield Segment(
@@ -261,7 +268,9 @@ class LayerStore:
                 block = read([page], codec, offset, offset + self.spec.block_size)
                 self.recent[side][:, :, : cut - whole] = block[:, :, : cut - whole]
         self.encoded = whole
-        del self.pages[-(-whole // self.page_size) - self.freed :]
+        left = -(-whole // self.page_size)
+        del self.pages[left - self.freed :]
+        self.prompt_pages = min(self.prompt_pages, left)
 
     # -- counting ---------------------------------------------------------------------------------
 

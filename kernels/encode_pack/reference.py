@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from kvsmith.kernels.decode.reference import expand_range
 from kvsmith.kernels.format import Format, Tables, index_dtype
@@ -16,12 +17,12 @@ def encode_pack(x: torch.Tensor, fmt: Format, tables: Tables) -> dict[str, torch
     x = x.float()
     B, H, T, D = x.shape
     tensors: dict[str, torch.Tensor] = {}
-    index = None
+    place = None
     if fmt.group == 0 and fmt.axis == "channel":
         assert tables.scale is not None and tables.zero is not None
         scale, zero = tables.scale[:, None], tables.zero[:, None]  # [H, 1, D]
     else:
-        low, high, index = online_range(x, fmt)
+        low, high, place = online_range(x, fmt)
         tensors["scale"], tensors["zero"] = store_range(low, high, fmt.store)
         scale = expand_range(tensors["scale"].float(), x.shape, fmt)
         zero = expand_range(tensors["zero"].float(), x.shape, fmt)
@@ -29,37 +30,51 @@ def encode_pack(x: torch.Tensor, fmt: Format, tables: Tables) -> dict[str, torch
     codes = torch.bucketize(normal, tables.edges, out_int32=True)
     tensors["codes"] = pack(codes.to(torch.uint8), fmt.bits)
     if fmt.slots:
-        error = (x - (tables.lut[codes] * scale + zero)).transpose(1, 2).reshape(B, T, H * D)
+        error = x - (tables.lut[codes] * scale + zero)
+        if place is None:
+            worst = normal if fmt.outliers == "threshold" else error
+            tokens = worst.abs().transpose(1, 2).reshape(B, T, H * D)
+            place = _places(tokens.topk(fmt.slots, dim=-1).indices, fmt, D)
+        place = place.sort(dim=-1).values
+        value = _blocks(error, fmt).gather(-1, place)
         if fmt.outliers == "threshold":
-            excess = normal.abs().transpose(1, 2).reshape(B, T, H * D)
-            top = excess.topk(fmt.slots, dim=-1)
-            index, value = top.indices, error.gather(-1, top.indices) * (top.values > 1)
-        else:
-            if fmt.outliers == "error":
-                index = error.abs().topk(fmt.slots, dim=-1).indices
-            assert index is not None
-            value = error.gather(-1, index)
-        tensors |= _by_head(index, value, fmt, H, D)
+            value *= _blocks(normal, fmt).gather(-1, place).abs() > 1
+        if spare := fmt.block * fmt.slots - place.shape[2]:
+            place = torch.cat([place, place[:, :, -1:].expand(-1, -1, spare)], dim=2)
+            value = F.pad(value, (0, spare))
+        tensors |= _by_head(place, value, fmt, H, D)
     return tensors
 
 
-def _by_head(
-    index: torch.Tensor, value: torch.Tensor, fmt: Format, heads: int, dim: int
-) -> dict[str, torch.Tensor]:
-    """Order corrections [B, T, N] at head * D + channel as they are stored."""
+def _places(index: torch.Tensor, fmt: Format, dim: int) -> torch.Tensor:
+    """Positions in a block [B, T / block, block * N] of a token's outliers [B, T, N], which count
+    head * D + channel.
+    """
     B, T, N = index.shape
-    block, area = fmt.block, fmt.block * dim
-    token = torch.arange(T, device=index.device)[:, None] % block
-    place = index // dim * area + token * dim + index % dim
-    place, order = place.view(B, T // block, block * N).sort(dim=-1)
-    value = value.reshape(place.shape).gather(-1, order)
-    firsts = torch.arange(heads + 1, device=index.device) * area
-    start = torch.searchsorted(place, firsts.expand(B, T // block, -1).contiguous())
+    token = torch.arange(T, device=index.device)[:, None] % fmt.block
+    place = index // dim * (fmt.block * dim) + token * dim + index % dim
+    return place.view(B, T // fmt.block, fmt.block * N)
+
+
+def _blocks(x: torch.Tensor, fmt: Format) -> torch.Tensor:
+    """The elements of each block in the order that positions count, [B, T / block, H * block *
+    D].
+    """
+    return x.unflatten(2, (-1, fmt.block)).transpose(1, 2).flatten(2)
+
+
+def _by_head(
+    place: torch.Tensor, value: torch.Tensor, fmt: Format, heads: int, dim: int
+) -> dict[str, torch.Tensor]:
+    """Corrections at ascending positions [B, T / block, block * N] as they are stored."""
+    area = fmt.block * dim
+    firsts = torch.arange(heads + 1, device=place.device) * area
+    start = torch.searchsorted(place, firsts.expand(*place.shape[:2], -1).contiguous())
     limit = torch.finfo(fmt.store).max
     return {
         "index": (place % area).to(index_dtype(area - 1)),
         "value": value.clamp(-limit, limit).to(fmt.store),
-        "start": start.to(index_dtype(block * N)),
+        "start": start.to(index_dtype(place.shape[2])),
     }
 
 
@@ -73,20 +88,36 @@ def online_range(
         fmt: the layout.
 
     Returns:
-        (low, high, index): the first two shaped like the stored range; index [B, T, N] int64 or
-        None.
+        (low, high, place): the first two shaped like the stored range; place [B, T / block, block *
+        N] int64, positions of the outliers as `_blocks` counts them, or None.
     """
     B, H, T, D = x.shape
-    if fmt.axis == "channel":
-        groups = x.unflatten(2, (T // fmt.group, fmt.group))
-        return groups.amin(3), groups.amax(3), None
-    if fmt.group:
-        groups = x.unflatten(3, (D // fmt.group, fmt.group))
-        return groups.amin(4), groups.amax(4), None
     tokens = x.transpose(1, 2).reshape(B, T, H * D)
-    if not fmt.slots:
+    place, upper, lower = None, x, x
+    if fmt.slots and fmt.axis == "channel":
+        channels = x.unflatten(2, (-1, fmt.block)).transpose(3, 4)  # [B, H, T / block, D, block]
+        index = split_extremes(channels, fmt.channel_slots)[2]
+        head = torch.arange(H, device=x.device)[:, None, None, None]
+        channel = torch.arange(D, device=x.device)[:, None]
+        place = (head * fmt.block + index) * D + channel
+        place = place.transpose(1, 2).flatten(2)
+    elif fmt.slots:
+        low, high, index = split_extremes(tokens, fmt.slots)
+        place = _places(index, fmt, D)
+        if not fmt.group:
+            return low, high, place
+    elif not fmt.group:
         return tokens.amin(-1), tokens.amax(-1), None
-    return split_extremes(tokens, fmt.slots)
+    if place is not None:
+        out = torch.zeros_like(x, dtype=torch.bool).unflatten(2, (-1, fmt.block)).transpose(1, 2)
+        shape, out = out.shape, out.flatten(2).scatter_(2, place, True)
+        out = out.view(shape).transpose(1, 2).reshape(x.shape)
+        upper, lower = x.masked_fill(out, _INF), x.masked_fill(out, -_INF)
+    dim, size = (2, T) if fmt.axis == "channel" else (3, D)
+    sizes = (size // fmt.group, fmt.group)
+    low, high = upper.unflatten(dim, sizes).amin(dim + 1), lower.unflatten(dim, sizes).amax(dim + 1)
+    empty = low > high  # a group of outliers alone
+    return low.masked_fill(empty, 0.0), high.masked_fill(empty, 0.0), place
 
 
 def split_extremes(

@@ -34,9 +34,10 @@ class TokenHistogram(Statistic):
     def __init__(
         self, slots: int, group: int = 0, fisher: bool = True, device: torch.device | str = "cpu"
     ) -> None:
-        # bits and store do not enter the choice of outliers and range
+        # bits and store do not enter the choice of outliers and range; in blocks of one token
+        # outliers count head * D + channel
         self.format = Format(
-            8, "token", group, slots, "extremes" if slots else "none", torch.float32
+            8, "token", group, slots, "extremes" if slots else "none", torch.float32, block=1
         )
         self.count = torch.zeros(STEPS + 1, dtype=torch.float64, device=device)
         self.fisher = torch.zeros_like(self.count) if fisher else None

@@ -11,6 +11,7 @@ from kvsmith.spec import (
     CacheSpec,
     CodecSpec,
     Identity,
+    LowRank,
     StaticThreshold,
     TensorCodec,
     TopK,
@@ -60,8 +61,40 @@ def test_all_in_bits_at_kv_width_4096(bits, most):
             "paired with a quantizer of range calibrated",
         ),
         (
-            lambda: TensorCodec(Uniform(group_size=8), TopK()),
-            "paired with a quantizer of axis token",
+            lambda: TensorCodec(NUQ(axis="channel", range="calibrated"), TopK()),
+            "paired with a quantizer of online ranges",
+        ),
+        (
+            lambda: TensorCodec(Identity(), TopK()),
+            "paired with a quantizer of online ranges",
+        ),
+        (lambda: TensorCodec(Identity(), None, LowRank()), "low_rank: quantizer must be one that"),
+        (
+            lambda: LowRank(rank=0),
+            r"low_rank\.rank: value must be between 1 and the head dim, got 0",
+        ),
+        (
+            lambda: LowRank(prompt_rank=-2),
+            r"low_rank\.rank: value must be between 1 and the head dim, got -2",
+        ),
+        (
+            lambda: LowRank(iterations=0),
+            r"low_rank\.iterations: value must be between 1 and 16, got 0",
+        ),
+        (lambda: LowRank(bits=1), r"low_rank\.bits: value must be between 2 and 8, got 1"),
+        (lambda: LowRank(bits=9), r"low_rank\.bits: value must be between 2 and 8, got 9"),
+        (
+            lambda: CodecSpec(
+                TensorCodec(Uniform()), TensorCodec(Uniform(), None, LowRank(2, prompt_rank=17))
+            ),
+            r"codec\.v\.low_rank: rank must be at most block_size = 16, got 17",
+        ),
+        (
+            lambda: CodecSpec(
+                TensorCodec(Uniform(axis="channel", group_size=16), TopK(0.02)),
+                TensorCodec(Uniform()),
+            ),
+            r"k\.outliers\.fraction: share must be 0, or enough for one of the block_size = 16",
         ),
         (lambda: NUQ(table="nf", q_norm=True), "q_norm"),
         (lambda: kvquant(4, sinks=-1), r"codec\.sinks: token count must be at least 0, got -1"),
@@ -91,7 +124,7 @@ def test_unknown_keys_are_named_with_a_near_miss():
 
 
 def test_where_one_percent_is_less_than_one_element():
-    assert outlier_slots(kvquant(4).codec.k, 1, 32) == 0
+    assert outlier_slots(kvquant(4).codec.k, 1, 32, 16) == 0
     narrow = ModelGeometry((LayerGeometry(1, 1, 32, 32),))
     assert bits_per_element(kvquant(4), narrow, 1, 1 << 16, torch.bfloat16) > 4
 
@@ -102,5 +135,10 @@ def test_geometry_is_checked():
         ValueError, match=r"codec\.k\.quantizer\.group_size: group must be a divisor of head dim 64"
     ):
         check_geometry(spec, ModelGeometry((LayerGeometry(1, 1, 64, 64),)))
+    spec = CacheSpec(
+        CodecSpec(TensorCodec(Uniform(), None, LowRank(9)), TensorCodec(Identity()), block_size=16)
+    )
+    with pytest.raises(ValueError, match=r"codec\.k\.low_rank: rank must be at most head dim 8 "):
+        check_geometry(spec, ModelGeometry((LayerGeometry(1, 1, 8, 8),)))
     with pytest.raises(ValueError, match=r"owner\[0\]"):
         ModelGeometry((LayerGeometry(1, 1, 8, 8),) * 2, owner=(1, 1))
