@@ -72,7 +72,10 @@ def levels(
         for fraction in sorted(fractions):
             k, v = (_vary(c, width, fraction) for c in (template.k, template.v))
             slots = tuple(
-                (outlier_slots(k, g.kv_heads, g.k_dim), outlier_slots(v, g.kv_heads, g.v_dim))
+                tuple(
+                    outlier_slots(c, g.kv_heads, dim, template.block_size)
+                    for c, dim in ((k, g.k_dim), (v, g.v_dim))
+                )
                 for g in (shape.layers[i] for i in shape.owners)
             )
             if (width, slots) not in seen:
@@ -89,7 +92,7 @@ def _vary(codec: TensorCodec, bits: int, fraction: float) -> TensorCodec:
     outliers = None
     if fraction and codec.outliers is not None:
         outliers = replace(codec.outliers, fraction=fraction)
-    return TensorCodec(replace(codec.quantizer, bits=bits), outliers)
+    return replace(codec, quantizer=replace(codec.quantizer, bits=bits), outliers=outliers)
 
 
 @dataclass(frozen=True)
