@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvsmith.bundle import Bundle, BundleError, load
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     import torch
 
     from kvsmith.hf import KVCache
+    from kvsmith.hf.compress import Compression
     from kvsmith.planner import Plan
 
 __all__ = [
@@ -29,6 +32,7 @@ __all__ = [
     "CacheSpec",
     "CodecSpec",
     "__version__",
+    "compress",
     "fit",
     "load",
     "make_cache",
@@ -55,6 +59,37 @@ def make_cache(
     from kvsmith.hf import make_cache as make
 
     return make(model, spec, parameters)
+
+
+def compress(
+    model: Any, bundle: Bundle | CacheSpec | str | Path
+) -> AbstractContextManager[Compression]:
+    """Compress the cache of everything that a model generates inside a block.
+
+        with kvsmith.compress(model, bundle) as used:
+            model.generate(**inputs)
+        used.cache.nbytes()
+
+    Args:
+        model: a transformers model; unchanged after the block. Calls with `past_key_values` of
+            their own keep it.
+        bundle: a bundle, its folder or hub name; or a cache that needs no calibration.
+
+    Returns:
+        A context manager; its `cache` is that of the latest call.
+
+    Raises:
+        BundleError: no bundle, or one of another model.
+        ValueError: the model is not supported, or inside such a block already.
+    """
+    from kvsmith.hf.compress import compress as enter
+
+    if isinstance(bundle, CacheSpec):
+        spec = bundle
+        return enter(model, lambda: make_cache(model, spec))
+    found = bundle if isinstance(bundle, Bundle) else Bundle.from_pretrained(bundle)
+    found.cache(model)  # refuses another model now, not at the first token
+    return enter(model, lambda: found.cache(model))
 
 
 def plan(
