@@ -10,6 +10,7 @@ same bytes.
 from __future__ import annotations
 
 import platform
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -32,6 +33,7 @@ from kvsmith.pipeline.calibration import (
     read_record,
 )
 from kvsmith.pipeline.calibration.collect import Collect
+from kvsmith.pipeline.calibration.predict import COPIES, predict
 from kvsmith.pipeline.calibration.record import RECORD, layer_file
 from kvsmith.pipeline.calibration.summary import report
 from kvsmith.pipeline.codecs import codec_name, load_codec
@@ -41,7 +43,7 @@ from kvsmith.pipeline.data.split import Split
 from kvsmith.pipeline.fit import Sensitivity
 from kvsmith.pipeline.log import LoggerConfig, NoLogger, Run
 from kvsmith.pipeline.model import ModelConfig, load_model, model_context
-from kvsmith.pipeline.stage import Stage, Stop, digest, locked, run_stage
+from kvsmith.pipeline.stage import Stage, Stop, digest, locked, run_stage, write_json
 from kvsmith.pipeline.statistics import plan_for
 from kvsmith.spec import CacheSpec, CodecSpec
 
@@ -75,6 +77,7 @@ class CalibrateConfig:
         bundles: folder of all bundles; None is `artifacts/bundles`, or with `debug=smoke` the
             folder of this run's logs.
         checkpoint_seconds: time between checkpoints of the pass.
+        dry_run: take one sample the whole way, predict time, memory and disk, and keep nothing.
         folder: where calibrations go; None is `artifacts/calibration`, or with `debug=smoke` the
             folder of this run's logs.
         logger: where else figures go.
@@ -100,6 +103,7 @@ class CalibrateConfig:
     fit: BudgetOptions = field(default_factory=BudgetOptions)
     bundles: str | None = None
     checkpoint_seconds: float = 20.0
+    dry_run: bool = False
     folder: str | None = None
     logger: LoggerConfig = field(default_factory=NoLogger)
     debug: DebugConfig = field(default_factory=DebugConfig)
@@ -155,8 +159,9 @@ def run(cfg: CalibrateConfig, folder: Path) -> Path:
     if cfg.debug.smoke:
         cfg = smoke(cfg, folder)
     codecs = _codecs(cfg)
-    with Run(folder, cfg.logger, cfg) as log, Stop() as stop:
-        model, tokenizer = load_model(cfg.model)
+    with Run(folder, cfg.logger, cfg) as log:
+        began = time.monotonic()
+        model, tokenizer = load_model(cfg.model)  # SIGTERM ends this at once; nothing is lost
         check_context(model, cfg.length)
         asked = request(cfg.fit, cfg.target_bits, cfg.curve, geometry(model.config))
 
@@ -164,11 +169,15 @@ def run(cfg: CalibrateConfig, folder: Path) -> Path:
             return token_blocks(tokenizer, cfg.data, split, count, length, seed=cfg.seed)
 
         tokens = read("calibration", cfg.samples, cfg.length)
-        found = calibrate(cfg, codecs, model, tokens, log, stop, asked)
-        if asked is not None:
-            root = output_path(cfg.bundles or "artifacts/bundles") / cfg.model.label
-            spend(asked, found, model, read, cfg.sensitivity, root, folder, log, stop)
-        return found
+        with Stop() as stop:
+            if cfg.dry_run:
+                loading = time.monotonic() - began
+                return _rehearse(cfg, codecs, model, tokens, loading, folder, log, stop, asked)
+            found = calibrate(cfg, codecs, model, tokens, log, stop, asked)
+            if asked is not None:
+                root = output_path(cfg.bundles or "artifacts/bundles") / cfg.model.label
+                spend(asked, found, model, read, cfg.sensitivity, root, folder, log, stop)
+            return found
 
 
 def calibrate(
@@ -193,6 +202,31 @@ def calibrate(
         fitted = {n: c for n, c in codecs.items() if owns_parameters(c, record)}
         _fit(cfg, record, fitted, folder, log, stop)
     report(record, fitted, folder, log)
+    return folder
+
+
+def _rehearse(
+    cfg: CalibrateConfig,
+    codecs: Mapping[str, CodecSpec],
+    model: PreTrainedModel,
+    tokens: Tensor,
+    loading: float,
+    folder: Path,
+    log: Run,
+    stop: Stop,
+    asked: Request | None,
+) -> Path:
+    """Predict what `calibrate` of these tokens would take; leaves the prediction in `folder`."""
+
+    def one(place: Path, quiet: Run) -> Path:
+        small = replace(cfg, samples=COPIES, batch_size=1, folder=str(place))
+        return calibrate(small, codecs, model, tokens[:1].repeat(COPIES, 1), quiet, stop, asked)
+
+    extra = asked.choices.codecs if asked else ()
+    source = describe(cfg, (*codecs.values(), *extra), model, tokens)
+    prediction = predict(one, source, model, loading)
+    write_json(folder / "prediction.json", prediction)
+    log.say(str(prediction))
     return folder
 
 

@@ -119,6 +119,7 @@ def launch(name: str, cls: type[T], run: Callable[[T, Path], object]) -> None:
         composed.append((config, HydraConfig.get().runtime.output_dir))
 
     def guarded() -> None:
+        check_names()
         try:
             script()
             checked = [(_typed(cls, name, _plain(c)), Path(folder)) for c, folder in composed]
@@ -132,6 +133,18 @@ def launch(name: str, cls: type[T], run: Callable[[T, Path], object]) -> None:
     # Hydra then raises what went wrong, instead of printing several lines and exiting by itself.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     sys.exit(main_guard(guarded))
+
+
+def check_names() -> None:
+    """Refuse file names that this process can only keep as raw bytes: tokenizers cannot open them.
+
+    Raises:
+        ValueError: the locale has no UTF-8 and a name on the command line needs it.
+    """
+    if any("\udc80" <= c <= "\udcff" for text in (*sys.argv, os.getcwd()) for c in text):
+        remedy = "Set PYTHONUTF8=1, or LC_ALL=C.UTF-8."
+        got = sys.getfilesystemencoding()
+        raise ValueError(explain("locale", "encoding of file names", "UTF-8", got, remedy))
 
 
 def main_guard(run: Callable[[], object]) -> int:
