@@ -77,8 +77,8 @@ class Resources:
     Attributes:
         op, name, target: which kernel, for which device.
         registers: 32-bit registers a thread.
-        spills: CUDA: bytes of stack and local memory a thread; gfx942: the same bytes plus spilled
-            registers.
+        spills: CUDA: bytes of stack and local memory a thread; gfx942: bytes of scratch plus vector
+            registers spilled (scalar registers spill into lanes of vector registers, not memory).
         shared: bytes of shared memory (LDS) a program.
         limit: bytes of it that the device offers.
     """
@@ -175,13 +175,12 @@ def _read_cubin(asm: Mapping[str, Any]) -> tuple[int, int, int]:
 
 
 def _read_amdgcn(asm: Mapping[str, Any]) -> tuple[int, int, int]:
-    """(vector registers, scratch bytes and spilled registers, static LDS bytes)."""
+    """(vector registers, scratch bytes and spilled vector registers, static LDS bytes)."""
     used = {
         name: int(value)
         for name, value in re.findall(r"^\s+\.(\w+):\s+(\d+)$", asm["amdgcn"], re.MULTILINE)
     }
-    spills = used["private_segment_fixed_size"]
-    spills += used["vgpr_spill_count"] + used["sgpr_spill_count"]
+    spills = used["private_segment_fixed_size"] + used["vgpr_spill_count"]
     return used["vgpr_count"], spills, used["group_segment_fixed_size"]
 
 

@@ -100,22 +100,28 @@ class Codec:
         t = self.tables
         return [x for x in (t.lut, t.edges, t.scale, t.zero) if x is not None]
 
-    def encode(self, x: torch.Tensor, rank: int | None = None) -> Tensors:
+    def encode(
+        self, x: torch.Tensor, rank: int | None = None, out: Tensors | None = None
+    ) -> Tensors:
         """Encode tokens.
 
         Args:
             x: [B, H, T, D] float.
             rank: of the low-rank part, None for the spec's.
+            out: tensors to write to, None for new ones.
 
         Returns:
             Tensors named and shaped as `page_tensors` says.
         """
         if self.is_identity:
-            return {"dense": x}
-        tensors = encode_pack(x, self.format, self.tables)
+            return {"dense": x if out is None else out["dense"].copy_(x)}
+        tensors = encode_pack(x, self.format, self.tables, out=out)
         if self.factors and self.spec.low_rank:
             error = x.float() - decode(tensors, self.format, self.tables, self.dim)
-            tensors |= fit_low_rank(error, self.factors, rank or self.spec.low_rank.rank)
+            for name, part in fit_low_rank(
+                error, self.factors, rank or self.spec.low_rank.rank
+            ).items():
+                tensors[name] = part if out is None else out[name].copy_(part)
         return tensors
 
     def decode(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:

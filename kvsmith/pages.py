@@ -47,8 +47,8 @@ def _views(buffer: torch.Tensor, places: Mapping[str, Place]) -> Tensors:
 def write(tensors: Tensors, codec: Codec, offset: int, x: torch.Tensor) -> None:
     """Encode tokens [B, H, T, D] into one side of a page from token `offset` on."""
     rank = tensors["left"].shape[-2] if "left" in tensors else None
-    for name, part in codec.encode(x, rank).items():
-        _tokens(tensors[name], name, codec, offset, offset + x.shape[2]).copy_(part)
+    stop = offset + x.shape[2]
+    codec.encode(x, rank, {n: _tokens(t, n, codec, offset, stop) for n, t in tensors.items()})
 
 
 def read(

@@ -9,14 +9,25 @@ reads one head reads its own corrections alone: start[h] .. start[h + 1] - 1 are
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Literal
+
 import torch
 
 from kvsmith.errors import explain
 from kvsmith.kernels.encode_pack import reference
-from kvsmith.kernels.format import Format, Tables
+from kvsmith.kernels.format import Format, Tables, index_dtype
+from kvsmith.kernels.pack.api import packed_bytes
 
 
-def encode_pack(x: torch.Tensor, fmt: Format, tables: Tables) -> dict[str, torch.Tensor]:
+def encode_pack(
+    x: torch.Tensor,
+    fmt: Format,
+    tables: Tables,
+    *,
+    out: Mapping[str, torch.Tensor] | None = None,
+    impl: Literal["triton", "reference"] | None = None,
+) -> dict[str, torch.Tensor]:
     """Encode a block of tokens.
 
     Args:
@@ -24,6 +35,10 @@ def encode_pack(x: torch.Tensor, fmt: Format, tables: Tables) -> dict[str, torch
             ranges over tokens, and of `fmt.block` where there are outliers.
         fmt: the layout.
         tables: codebook and calibrated ranges, on the device of x.
+        out: tensors of the result's shapes and dtypes to write to, contiguous but for their outer
+            strides (views of a page); None for new ones.
+        impl: who computes it; None for triton on a GPU and the reference elsewhere, and for head
+            dims that are no multiple of 8, whose bytes straddle the kernel's runs.
 
     Returns:
         `codes` [B, H, T, bytes] uint8; `scale` and `zero` for online ranges, [B, T] | [B, H, T, D /
@@ -32,7 +47,7 @@ def encode_pack(x: torch.Tensor, fmt: Format, tables: Tables) -> dict[str, torch
         T / block, H + 1]. Index and start are uint8, or int16 read as unsigned.
 
     Raises:
-        ValueError: the block does not fit the layout.
+        ValueError: the block does not fit the layout, or the kernel does not serve it.
     """
     if fmt.axis == "channel" and fmt.group and x.shape[2] % fmt.group:
         raise ValueError(
@@ -42,4 +57,38 @@ def encode_pack(x: torch.Tensor, fmt: Format, tables: Tables) -> dict[str, torch
         raise ValueError(
             explain("encode_pack", "tokens", f"a multiple of block = {fmt.block}", x.shape[2])
         )
-    return reference.encode_pack(x, fmt, tables)
+    dim = x.shape[3]
+    if impl == "triton" and dim % 8:
+        raise ValueError(explain("encode_pack", "head dim", "a multiple of 8 for triton", dim))
+    if impl == "reference" or (impl is None and (not x.is_cuda or dim % 8)):
+        made = reference.encode_pack(x, fmt, tables)
+        if out is None:
+            return made
+        for name, tensor in made.items():
+            out[name].copy_(tensor)
+        return dict(out)
+    from kvsmith.kernels.encode_pack import triton
+
+    result = _empty(x, fmt) if out is None else dict(out)
+    triton.encode_pack(x, fmt, tables, result)
+    return result
+
+
+def _empty(x: torch.Tensor, fmt: Format) -> dict[str, torch.Tensor]:
+    """Room for the result."""
+    B, H, T, D = x.shape
+    result = {"codes": x.new_empty((B, H, T, packed_bytes(D, fmt.bits)), dtype=torch.uint8)}
+    if fmt.axis == "token" or fmt.group:
+        shape: tuple[int, ...] = (B, T)
+        if fmt.group:
+            shape = (
+                (B, H, T // fmt.group, D) if fmt.axis == "channel" else (B, H, T, D // fmt.group)
+            )
+        result["scale"] = x.new_empty(shape, dtype=fmt.store)
+        result["zero"] = x.new_empty(shape, dtype=fmt.store)
+    if fmt.slots:
+        blocks, each = T // fmt.block, fmt.block * fmt.slots
+        result["index"] = x.new_empty((B, blocks, each), dtype=index_dtype(fmt.block * D - 1))
+        result["value"] = x.new_empty((B, blocks, each), dtype=fmt.store)
+        result["start"] = x.new_empty((B, blocks, H + 1), dtype=index_dtype(each))
+    return result

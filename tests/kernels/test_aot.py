@@ -41,3 +41,12 @@ def test_the_cover_has_every_variant_and_every_kernel_for_every_target():
     assert {(v.kernel, t.name) for v, t in pairs} == {(k, t.name) for k in "abc" for t in TARGETS}
     assert len(pairs) < len(variants) * len(TARGETS)
     assert "registers" in table([])
+
+
+@pytest.mark.slow
+def test_a_covering_quarter_of_the_kernels_compiles(tmp_path):
+    done = _run("kvsmith.kernels.bench", "--aot", "--quick", "--out", str(tmp_path / "aot.json"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads((tmp_path / "aot.json").read_text())
+    assert {r["target"] for r in rows} == {t.name for t in TARGETS}
+    assert not [r for r in rows if r["fault"]]
