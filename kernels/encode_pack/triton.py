@@ -11,7 +11,7 @@ one code of each of 8 / w neighbouring runs, so every plane is a reshape, a shif
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
 
 import torch
 import triton
@@ -145,6 +145,7 @@ def encode_kernel(
     GROUP: tl.constexpr, D: tl.constexpr, W: tl.constexpr,
     TP: tl.constexpr, HP: tl.constexpr, RP: tl.constexpr,
     LOW: tl.constexpr, LIMIT: tl.constexpr, SCAN: tl.constexpr, KEEP: tl.constexpr,
+    PACK: tl.constexpr,
 ):  # fmt: skip
     """Tokens [first, first + PER) of one row, TP at a time; HP heads from i_h on."""
     RUN: tl.constexpr = D // 8
@@ -202,8 +203,26 @@ def encode_kernel(
         normal = tl.div_rn(x - zero, tl.where(flat, 1.0, tl.zeros_like(x) + scale))
         normal = tl.where(flat, 0.0, normal)
         code, level = _code(normal, p_edges, p_lut, BITS, SCAN)
+        error = x - (level * scale + zero)
+        end = tl.minimum(T, i_t + GROUP) if RANGE == 3 else T
+        p_base = p_codes + i_b * s_cb
+        # Planes of BITS, low bits first.
+        PLANES: tl.constexpr = BITS if PACK else 0
+        if PLANES == 8:
+            _store_plane(code, p_base, s_ch, s_ct, i_t, i_h, end, H, 0, 8, 0, TP, HP, RUN, RP)
+        if PLANES & 4:
+            _store_plane(code, p_base, s_ch, s_ct, i_t, i_h, end, H, 0, 4, 0, TP, HP, RUN, RP)
+        if PLANES & 2:
+            _store_plane(
+                code, p_base, s_ch, s_ct, i_t, i_h, end, H,
+                BITS & 4, 2, (BITS & 4) * RUN, TP, HP, RUN, RP,
+            )  # fmt: skip
+        if PLANES & 1:
+            _store_plane(
+                code, p_base, s_ch, s_ct, i_t, i_h, end, H,
+                BITS & 6, 1, (BITS & 6) * RUN, TP, HP, RUN, RP,
+            )  # fmt: skip
         if RULE > 0:
-            error = x - (level * scale + zero)
             if RULE == 1:
                 excess = tl.abs(normal)
                 taken = _largest(tl.where(m_x, _order_key(excess, 0), -1), N, 0) & m_x
@@ -213,29 +232,16 @@ def encode_kernel(
             slot = tl.cumsum(taken.to(tl.int32), 1) - 1
             value = tl.clamp(error, -LIMIT, LIMIT).to(p_value.dtype.element_ty)
             p_list = (i_b * T + o_t.to(tl.int64))[:, None] * N + slot
-            tl.store(p_place + p_list, tl.zeros_like(slot) + (h * D + channel)[None, :], mask=taken)
+            tl.store(
+                p_place + p_list,
+                tl.zeros_like(slot) + (h * D + channel)[None, :],
+                mask=taken,
+            )
             tl.store(p_value + p_list, value, mask=taken)
             count = tl.sum(tl.reshape(taken.to(tl.int32), (TP, HP, 8 * RP)), 2)
             o_h = tl.arange(0, HP)
             p_counts = (i_b * T + o_t.to(tl.int64))[:, None] * H + o_h[None, :]
             tl.store(p_count + p_counts, count, mask=m_t[:, None] & (o_h < H)[None, :])
-        end = tl.minimum(T, i_t + GROUP) if RANGE == 3 else T
-        p_base = p_codes + i_b * s_cb
-        # Planes of BITS, low bits first.
-        if BITS == 8:
-            _store_plane(code, p_base, s_ch, s_ct, i_t, i_h, end, H, 0, 8, 0, TP, HP, RUN, RP)
-        if BITS & 4:
-            _store_plane(code, p_base, s_ch, s_ct, i_t, i_h, end, H, 0, 4, 0, TP, HP, RUN, RP)
-        if BITS & 2:
-            _store_plane(
-                code, p_base, s_ch, s_ct, i_t, i_h, end, H,
-                BITS & 4, 2, (BITS & 4) * RUN, TP, HP, RUN, RP,
-            )  # fmt: skip
-        if BITS & 1:
-            _store_plane(
-                code, p_base, s_ch, s_ct, i_t, i_h, end, H,
-                BITS & 6, 1, (BITS & 6) * RUN, TP, HP, RUN, RP,
-            )  # fmt: skip
 
 
 @triton.jit
@@ -272,7 +278,9 @@ def order_kernel(
         tl.store(p_value + i_b * s_vb + i_n * s_vt + target, value, mask=m_s)
 
 
-def _warps(elements: int) -> int:
+def encode_warps(shape: Mapping[str, int]) -> int:
+    """Warps that hold a tile of encode_kernel without spilling."""
+    elements = shape["TP"] * shape["HP"] * 8 * shape["RP"]
     return min(max(elements // 256, 1), 8)
 
 
@@ -283,7 +291,14 @@ def _span(fmt: Format) -> int:
     return CHANNELS if fmt.group else TOKEN
 
 
-def _shape(fmt: Format, heads: int, dim: int) -> dict[str, int]:
+def apart(fmt: Format, heads: int, dim: int) -> bool:
+    """Whether outliers get a launch of their own: ranges, codes and errors of a wide token do not
+    fit into registers together, and codes need no other head.
+    """
+    return fmt.slots > 0 and _span(fmt) == CALIBRATED and heads * dim > MOST_KEPT
+
+
+def encode_shape(fmt: Format, heads: int, dim: int) -> dict[str, int]:
     """Constants of encode_kernel that follow from the layout and the heads."""
     span, RP = _span(fmt), triton.next_power_of_2(dim // 8)
     alone = fmt.slots == 0 and span != TOKEN  # a head needs nothing of the others
@@ -297,12 +312,13 @@ def _shape(fmt: Format, heads: int, dim: int) -> dict[str, int]:
     return {
         "BITS": fmt.bits, "RANGE": span, "RULE": RULES[fmt.outliers], "N": fmt.slots,
         "GROUP": fmt.group, "D": dim, "W": heads * dim, "TP": TP, "HP": HP, "RP": RP,
-        "LIMIT": torch.finfo(fmt.store).max, "SCAN": fmt.bits <= LARGEST_SCAN,
-        "KEEP": HP * 8 * RP <= MOST_KEPT,
+        "LIMIT": torch.finfo(fmt.store).max, "SCAN": fmt.bits <= (2 if apart(fmt, heads, dim) else LARGEST_SCAN),
+        "KEEP": HP * 8 * RP <= MOST_KEPT, "PACK": not apart(fmt, heads, dim),
     }  # fmt: skip
 
 
-def _order_shape(fmt: Format, heads: int, dim: int) -> dict[str, int]:
+def order_shape(fmt: Format, heads: int, dim: int) -> dict[str, int]:
+    """Constants of order_kernel."""
     BP, HP = triton.next_power_of_2(fmt.block), triton.next_power_of_2(heads)
     NC = max(1, min(16, 8192 // (BP * HP)))
     return {"BLOCK": fmt.block, "D": dim, "BP": BP, "HP": HP, "NC": NC}
@@ -315,7 +331,9 @@ def encode_pack(
     B, H, T, D = x.shape
     if x.stride(3) != 1:
         x = x.contiguous()
-    shape = _shape(fmt, H, D)
+    if apart(fmt, H, D):
+        encode_pack(x, replace(fmt, slots=0, outliers="none"), tables, out)
+    shape = encode_shape(fmt, H, D)
     TP, HP = shape["TP"], shape["HP"]
     step = fmt.group if shape["RANGE"] == TOKENS else TP
     per = step
@@ -333,7 +351,7 @@ def encode_pack(
         tables.lut if tables.zero is None else tables.zero,
         codes, *codes.stride()[:3], scale, zero, *_range_strides(scale, shape["RANGE"]),
         *lists, T, H, per, **shape, LOW=LOW_BITS[x.dtype],
-        num_warps=_warps(TP * HP * 8 * shape["RP"]), enable_fp_fusion=False,
+        num_warps=encode_warps(shape), enable_fp_fusion=False,
     )  # fmt: skip
     if fmt.slots:
         _order(lists, fmt, x.shape, out)
@@ -347,7 +365,7 @@ def _order(
 ) -> None:
     B, H, T, D = shape
     index, value, start = out["index"], out["value"], out["start"]
-    sizes = _order_shape(fmt, H, D)
+    sizes = order_shape(fmt, H, D)
     order_kernel[(T // fmt.block, B)](
         *lists, index, *index.stride()[:2], value, *value.stride()[:2],
         start, *start.stride()[:2], T, H, fmt.slots, **sizes,
@@ -375,52 +393,6 @@ def _range_strides(scale: torch.Tensor, span: int) -> tuple[int, int, int]:
 
 def variants() -> list[Variant]:
     """Every rule and range at the shapes of published models, and every width of code."""
-    return _encode_variants() + _order_variants()
+    from kvsmith.kernels.encode_pack.variants import encode_variants, order_variants
 
-
-def _encode_variants() -> list[Variant]:
-    half = torch.float16
-    keys = [Format(b, "channel", 0, 10, r, half) for b in (2, 4) for r in ("threshold", "error")]
-    values = [Format(b, "token", 0, 10, "extremes", half) for b in (2, 3, 4)]
-    plain = [Format(b, "token", 0, 0, "none", half) for b in range(1, 9)]
-    grouped = [Format(b, a, 32, 0, "none", half, 32) for b in (2, 4) for a in ("channel", "token")]
-    wide = [Format(4, "token", 0, 41, "extremes", half), Format(3, "channel", 0, 41, "error", half)]
-    cases = [(f, 8, 128, "bf16") for f in keys + values + plain + grouped]
-    cases += [(f, 32, 128, "fp16") for f in wide]
-    cases += [(values[0], 8, 80, "fp16"), (keys[0], 4, 96, "fp32"), (grouped[1], 2, 256, "bf16")]
-    return [_encode_variant(*case) for case in cases]
-
-
-def _encode_variant(fmt: Format, heads: int, dim: int, dtype: str) -> Variant:
-    shape = _shape(fmt, heads, dim)
-    signature: dict[str, str] = {}
-    for name in encode_kernel.arg_names:
-        if name in shape or name == "LOW":
-            continue
-        signature[name] = "i32:16" if name.startswith("s_") else "i32"
-        if name.startswith("p_"):
-            signature[name] = "*fp32:16"
-    signature |= {"p_x": f"*{dtype}:16", "p_codes": "*u8:16", "p_place": "*i32:16"}
-    signature |= {"p_scale": "*fp16:16", "p_zero": "*fp16:16", "p_value": "*fp16:16"}
-    signature |= {"p_count": "*i32:16"}
-    low = {"fp16": 13, "bf16": 16, "fp32": 0}[dtype]
-    name = f"{heads}x{dim} {dtype} {fmt.bits} bits {fmt.axis} {fmt.group} {fmt.outliers}"
-    warps = _warps(shape["TP"] * shape["HP"] * 8 * shape["RP"])
-    return Variant("encode_pack", name, encode_kernel, signature, shape | {"LOW": low}, warps)
-
-
-def _order_variants() -> list[Variant]:
-    found = []
-    for heads, slots, index in ((8, 10, "i16"), (32, 41, "i16"), (2, 1, "u8")):
-        fmt = Format(4, "token", 0, slots, "extremes", torch.float16)
-        sizes: dict[str, Any] = _order_shape(fmt, heads, 128)
-        signature = {
-            n: "*i32:16" if n.startswith("p_") else "i32"
-            for n in order_kernel.arg_names
-            if n not in sizes
-        }
-        signature |= {"p_list": "*fp16:16", "p_value": "*fp16:16"}
-        signature |= {"p_index": f"*{index}:16", "p_start": f"*{index}:16"}
-        name = f"order {heads}x128 {slots} slots {index}"
-        found.append(Variant("encode_pack", name, order_kernel, signature, sizes, ORDER_WARPS))
-    return found
+    return encode_variants() + order_variants()

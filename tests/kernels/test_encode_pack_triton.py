@@ -189,3 +189,11 @@ def test_what_the_kernel_does_not_serve():
     ):
         encode_pack(x, fmt, _tables(fmt, 2, 20), impl="triton")
     assert encode_pack(x, fmt, _tables(fmt, 2, 20))["codes"].shape == (1, 2, 16, 10)
+
+
+def test_wide_tokens_get_their_outliers_in_a_launch_of_their_own(monkeypatch):
+    from kvsmith.kernels.encode_pack import triton
+
+    monkeypatch.setattr(triton, "MOST_KEPT", 32)
+    for rule in ("threshold", "error"):
+        _check(Format(3, "channel", 0, 7, rule, HALF), 4, 16, 16)
