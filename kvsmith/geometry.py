@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kvsmith.cla import check_owner
 from kvsmith.errors import explain
 
 
@@ -61,11 +62,7 @@ class ModelGeometry:
             raise ValueError(explain("geometry.layers", "layer list", "non-empty", "nothing"))
         if not self.owner:
             object.__setattr__(self, "owner", tuple(range(len(self.layers))))
-        for layer, owner in enumerate(self.owner):
-            if not 0 <= owner <= layer or self.owner[owner] != owner:
-                raise ValueError(
-                    explain(f"geometry.owner[{layer}]", "owner", "an earlier owning layer", owner)
-                )
+        check_owner(self.owner, len(self.layers), "geometry.owner")
 
     @property
     def owners(self) -> tuple[int, ...]:

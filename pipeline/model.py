@@ -29,6 +29,7 @@ from transformers.utils import is_flash_attn_2_available
 from transformers.utils import logging as transformers_logging
 
 from kvsmith.errors import explain
+from kvsmith.hf import share
 from kvsmith.hf.shapes import positions_of
 from kvsmith.pipeline.model_source import LOADING, PACKAGES, find_source, need_packages, refusal
 
@@ -108,6 +109,7 @@ def load_model(cfg: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
     tokenizer = _tokenizer(cfg, source)
     if "device_map" not in options:
         model = model.to(device)
+    share(model)
     return model.eval(), tokenizer
 
 

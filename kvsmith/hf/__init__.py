@@ -2,12 +2,14 @@
 
 `geometry` reads a model's shape, `masks` and `seam` hook into its attention, `cache` is what
 `generate(past_key_values=...)` takes, `dense` serves families without the attention interface and
-`observe` lets calibration watch. Public interfaces only; no model file is patched.
+`observe` lets calibration watch, `share` lets layers share. Public interfaces only; no model file
+is patched.
 """
 
 from kvsmith.hf.cache import KVCache, make_cache
 from kvsmith.hf.geometry import geometry
 from kvsmith.hf.observe import observe_kv
 from kvsmith.hf.seam import attach
+from kvsmith.hf.share import share
 
-__all__ = ["KVCache", "attach", "geometry", "make_cache", "observe_kv"]
+__all__ = ["KVCache", "attach", "geometry", "make_cache", "observe_kv", "share"]

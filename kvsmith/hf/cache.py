@@ -101,6 +101,8 @@ class KVCache(Cache, SeamCache):
         self.noted: dict[int, torch.Tensor | None] = {}
         # Tokens are evicted when the last layer that reads them has done so.
         self.last_reader = {owner: layer for layer, owner in enumerate(shape.owner)}
+        # New keys and values of owners on their way to readers.
+        self.handed: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._calls: dict[int, Seam] = {}
         super().__init__(layers=[_Layer(self, i) for i in range(len(shape.layers))])
 
@@ -118,7 +120,7 @@ class KVCache(Cache, SeamCache):
         *args: Any,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store new tokens of a layer.
+        """Store new tokens of a layer that owns its tokens; a layer that reads others' gets those.
 
         Args:
             key_states: [B, H, T, D] keys as they left the projection.
@@ -139,6 +141,17 @@ class KVCache(Cache, SeamCache):
                     "Make a cache for this model.",
                 )
             )
+        owner = self.geometry.owner[layer_idx]
+        if owner == layer_idx:
+            self.handed[owner] = self._store(seam, key_states, value_states)
+        last = self.last_reader[owner] == layer_idx
+        return self.handed.pop(owner) if last else self.handed[owner]
+
+    def _store(
+        self, seam: Seam, key_states: torch.Tensor, value_states: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        assert seam.call is not None
+        layer_idx = seam.layer
         store, before = self.stores[layer_idx], self.stores[layer_idx].length
         if seam.call.positions is not None and self.positions.length == before and self._pre:
             self.positions.append(seam.call.positions, seam.attachment.frequencies())

@@ -75,11 +75,14 @@ def padding_of(mask: Any) -> torch.Tensor | None:
 
 
 class ObservingCache(DynamicCache, SeamCache):
-    """Stores nothing; shows each layer's new keys before RoPE, and values, to an observer."""
+    """Stores nothing; shows each owning layer's new keys before RoPE, and values, to an observer,
+    and hands them to the layers that read them.
+    """
 
-    def __init__(self, observer: Observer, heads: list[int]) -> None:
+    def __init__(self, observer: Observer, heads: list[int], owner: tuple[int, ...]) -> None:
         super().__init__()
-        self.observer, self.heads = observer, heads
+        self.observer, self.heads, self.owner = observer, heads, owner
+        self._handed: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._seams: dict[int, Seam] = {}
 
     def begin(self, seam: Seam) -> None:
@@ -95,6 +98,8 @@ class ObservingCache(DynamicCache, SeamCache):
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Show and pass on; the gradient of what is passed on reaches what was shown."""
+        if self.owner[layer_idx] != layer_idx:
+            return self._handed[self.owner[layer_idx]]
         seam, heads = self._seams[layer_idx], self.heads[layer_idx]
         assert seam.call is not None
         k = one_of_each_group(key_states, heads)
@@ -102,7 +107,9 @@ class ObservingCache(DynamicCache, SeamCache):
         k = unrotate(seam, k)
         self.observer(layer_idx, k, v)
         rope: CosSin | None = seam.call.rope
-        return _repeat(seam.turn(k, rope), key_states), _repeat(v, value_states)
+        turned = _repeat(seam.turn(k, rope), key_states), _repeat(v, value_states)
+        self._handed[layer_idx] = turned
+        return turned
 
 
 def _repeat(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from kvsmith.cla import check_owner
 from kvsmith.errors import explain
 from kvsmith.geometry import LayerGeometry, ModelGeometry
 
@@ -44,9 +45,27 @@ def geometry(config: Any) -> ModelGeometry:
         _layer_geometry(part, sliding if kind == "sliding_attention" else None)
         for part, kind in zip(parts, types[:count], strict=True)
     )
-    return ModelGeometry(
-        layers, _owners(types[:count], getattr(text, "num_kv_shared_layers", 0) or 0)
-    )
+    native = _owners(types[:count], getattr(text, "num_kv_shared_layers", 0) or 0)
+    owner = getattr(text, "kv_owner", None)
+    if owner is None:
+        return ModelGeometry(layers, native)
+    _check_shared(owner, layers, native, where)
+    return ModelGeometry(layers, tuple(owner))
+
+
+def _check_shared(
+    owner: Any, layers: tuple[LayerGeometry, ...], native: tuple[int, ...], where: str
+) -> None:
+    """Refuse a `kv_owner` that the architecture cannot follow."""
+    if not isinstance(owner, (list, tuple)):
+        raise ValueError(explain(where, "kv_owner", "a list of layers", repr(owner)))
+    check_owner(owner, len(layers), f"{where}.kv_owner")
+    if native != tuple(range(len(layers))):
+        raise ValueError(explain(where, "kv_owner", "absent: layers share already", list(owner)))
+    for layer, own in enumerate(owner):
+        if layers[layer] != layers[own]:
+            what = f"layer {layer}, which reads layer {own}"
+            raise ValueError(explain(where, what, str(layers[own]), layers[layer]))
 
 
 def _layer_geometry(config: Any, window: int | None) -> LayerGeometry:

@@ -41,7 +41,7 @@ def _observing(attachment: Attachment, callback: Observer) -> Callable[..., Any]
     heads = [layer.kv_heads for layer in attachment.geometry.layers]
 
     def before(module: Any, args: Any, kwargs: Any) -> Any:
-        cache = ObservingCache(callback, heads)
+        cache = ObservingCache(callback, heads, attachment.geometry.owner)
         return args, {**kwargs, "past_key_values": cache, "use_cache": True}
 
     return before

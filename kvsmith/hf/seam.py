@@ -89,11 +89,15 @@ class Attachment:
     """Hooks of one model."""
 
     def __init__(self, model: PreTrainedModel) -> None:
+        self.config = model.config
         self.implementation: str = model.config._attn_implementation
         # Without the attention interface a module rotates and attends by itself (`hf.dense`).
         self.deferred = bool(model._can_set_attn_implementation())
         self.observer: Observer | None = None
+        self.guarded = False  # passes without our cache share by a hook of `hf.share`
         self.geometry = geometry(model.config)
+        # Keys and values of owners on their way to readers, in a pass without one of our caches.
+        self._handed: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._calls: dict[int, tuple[torch.Tensor, RotarySource, torch.Tensor]] = {}
         self._changing: list[nn.Module] = []
         for module in model.modules():
@@ -107,6 +111,27 @@ class Attachment:
     def frequencies(self) -> Frequencies:
         """What the rotary modules rotate with now, of those where that changes."""
         return frequencies(self._changing)
+
+    @property
+    def shared(self) -> bool:
+        """Whether layers share by `config.kv_owner`, which the model's own code does not know."""
+        config = self.config.get_text_config(decoder=True)
+        return getattr(config, "kv_owner", None) is not None
+
+    def hand(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The owner's keys and values for a layer.
+
+        With gradients they stay until the next pass: a layer that is computed again in the backward
+        pass asks again.
+        """
+        owner = self.geometry.owner[layer]
+        if owner == layer:
+            self._handed[layer] = k, v
+            return k, v
+        last = owner not in self.geometry.owner[layer + 1 :]
+        if last and not torch.is_grad_enabled():
+            return self._handed.pop(owner)
+        return self._handed[owner]
 
     def _after_rotary(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         named = dict(kwargs)
@@ -297,6 +322,8 @@ def _attention(
         return handle.attend(
             seam, query, key, value, _as_mask(attention_mask, handle, query), scores
         ), None
+    if seam is not None and seam.attachment.shared:
+        key, value = seam.attachment.hand(seam.layer, key, value)
     if seam is not None and seam.attachment.observer is not None and seam.call is not None:
         if seam.attachment.geometry.owner[seam.layer] == seam.layer:
             seam.attachment.observer(seam.layer, key, value)
