@@ -9,6 +9,7 @@ same bytes.
 
 from __future__ import annotations
 
+import os
 import platform
 import time
 from collections.abc import Mapping, Sequence
@@ -158,6 +159,9 @@ def run(cfg: CalibrateConfig, folder: Path) -> Path:
     """
     if cfg.debug.smoke:
         cfg = smoke(cfg, folder)
+    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
+        remedy = "Start it without torchrun; model.device_map=auto spreads a model over devices."
+        raise ValueError(explain("calibrate.py", "processes", "1", processes, remedy))
     codecs = _codecs(cfg)
     with Run(folder, cfg.logger, cfg) as log:
         began = time.monotonic()

@@ -18,6 +18,7 @@ from kvsmith.pipeline.calibration import collect, read_record, read_statistics
 from kvsmith.pipeline.calibration.store import Store
 from kvsmith.pipeline.taps import Taps, frozen
 from tests.pipeline.test_calibrate import LAYERS, SAMPLES, cfg, files, go, model, tokens
+from tests.runtime.models import FAMILIES as ALL
 from tests.runtime.models import build
 
 __all__ = ["cfg", "model", "tokens"]  # fixtures
@@ -56,6 +57,11 @@ def test_recomputed_layers_and_spilled_inputs_change_no_bit(
         for mine, theirs in zip(tensors, frugal[key], strict=True):
             assert torch.equal(mine, theirs), key
     assert not any("forward" in vars(m) for m in model.modules()), "the model is as it was"
+
+
+def test_activations_of_every_family_are_estimated() -> None:
+    sizes = {family: memory.activation_bytes(build(family, layers=4), 10) for family in ALL}
+    assert set(sizes.values()) == {10 * 4 * 64 * memory.KEPT * 4}
 
 
 def test_the_loss_in_pieces_is_the_loss(
