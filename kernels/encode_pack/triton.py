@@ -312,8 +312,8 @@ def encode_shape(fmt: Format, heads: int, dim: int) -> dict[str, int]:
     return {
         "BITS": fmt.bits, "RANGE": span, "RULE": RULES[fmt.outliers], "N": fmt.slots,
         "GROUP": fmt.group, "D": dim, "W": heads * dim, "TP": TP, "HP": HP, "RP": RP,
-        "LIMIT": torch.finfo(fmt.store).max, "SCAN": fmt.bits <= (2 if apart(fmt, heads, dim) else LARGEST_SCAN),
-        "KEEP": HP * 8 * RP <= MOST_KEPT, "PACK": not apart(fmt, heads, dim),
+        "LIMIT": torch.finfo(fmt.store).max, "KEEP": HP * 8 * RP <= MOST_KEPT,
+        "SCAN": fmt.bits <= (2 if split else LARGEST_SCAN), "PACK": not split,
     }  # fmt: skip
 
 
