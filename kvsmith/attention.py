@@ -125,6 +125,8 @@ def attend_store(
             )
             if segment.v_order is not None:
                 part = Partial(_natural(part.out, segment.v_order), part.lse)
+            if segment.v_turn is not None:
+                part = Partial(_turned(part.out, segment.v_turn.mT), part.lse)
             add(i, part)
         del segment, keys  # before the next chunk is decoded
     new_tokens = k.shape[2]
@@ -150,11 +152,19 @@ def attend_store(
 def _rotated(
     q: torch.Tensor, segment: Segment, rotate: Rotation
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotated keys of a segment, and the queries with their channels in the same order."""
+    """Rotated keys of a segment, and the queries in the same basis, channels in the same order."""
+    if segment.k_turn is not None:
+        q = _turned(q, segment.k_turn)
     if segment.k_order is None:
         return rotate(segment.k, segment.start, segment.columns), q
     assert segment.start is not None
     return rotate.tiles(segment.k, segment.start, segment.k_order), q[..., segment.k_order]
+
+
+def _turned(x: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
+    """[B, Hq, T, D] times the matrix of each KV head, [H or 1, D, D]."""
+    grouped = x.float().unflatten(1, (len(turn), -1)) if len(turn) > 1 else x.float()[:, None]
+    return (grouped @ turn[:, None]).flatten(1, 2).to(x.dtype)
 
 
 def _natural(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from statistics import NormalDist
 
 import torch
@@ -39,6 +40,19 @@ def midpoints(lut: torch.Tensor) -> torch.Tensor:
     return (lut[1:] + lut[:-1]) / 2
 
 
+@cache
+def hadamard(dim: int) -> torch.Tensor:
+    """Sylvester's matrix over sqrt(n), orthogonal and symmetric, [D, D] float32.
+
+    Where D is no power of 2, n is the largest one that divides it, and blocks stand along the
+    diagonal.
+    """
+    matrix = torch.ones(1, 1)
+    for _ in range((dim & -dim).bit_length() - 1):
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return torch.block_diag(*[matrix / len(matrix) ** 0.5] * (dim // len(matrix)))
+
+
 class Codec:
     """Keys or values of one layer.
 
@@ -67,10 +81,13 @@ class Codec:
         block: int = 16,
     ) -> None:
         self.spec, self.heads, self.dim, self.store = spec, heads, dim, store
+        self.rotation: torch.Tensor | None = None  # [H or 1, D, D]
         _check_parameters(spec, heads, dim, parameters, where)
         q = spec.quantizer
         if isinstance(q, Identity):
             return
+        if spec.rotation is not None:
+            self.rotation = parameters.get("rotation", hadamard(dim)[None])
         slots = outlier_slots(spec, heads, dim, block)
         outliers = _outlier_rule(spec) if slots else "none"
         each, group = channel_slots(spec, block), q.group_size or 0
@@ -92,13 +109,15 @@ class Codec:
         """Move the tables to a device."""
         if not self.is_identity and self.tables.lut.device != device:
             self.tables = self.tables.to(device)
+        if self.rotation is not None:
+            self.rotation = self.rotation.to(device)
 
     def tensors(self) -> list[torch.Tensor]:
         """Tables that it holds."""
         if self.is_identity:
             return []
-        t = self.tables
-        return [x for x in (t.lut, t.edges, t.scale, t.zero) if x is not None]
+        t, turn = self.tables, self.rotation if self.spec.rotation == "given" else None
+        return [x for x in (t.lut, t.edges, t.scale, t.zero, turn) if x is not None]
 
     def encode(
         self, x: torch.Tensor, rank: int | None = None, out: Tensors | None = None
@@ -115,6 +134,8 @@ class Codec:
         """
         if self.is_identity:
             return {"dense": x if out is None else out["dense"].copy_(x)}
+        if self.rotation is not None:
+            x = x.float() @ self.rotation
         tensors = encode_pack(x, self.format, self.tables, out=out)
         if self.factors and self.spec.low_rank:
             error = x.float() - decode(tensors, self.format, self.tables, self.dim)
@@ -124,14 +145,16 @@ class Codec:
                 tensors[name] = part if out is None else out[name].copy_(part)
         return tensors
 
-    def decode(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Decode to [B, H, T, D]: the model's dtype for the identity, else float32."""
+    def decode(self, tensors: Mapping[str, torch.Tensor], turned: bool = False) -> torch.Tensor:
+        """Decode to [B, H, T, D]: the model's dtype for the identity, else float32; with `turned`
+        the rotation stays on.
+        """
         if self.is_identity:
             return tensors["dense"]
         x = decode(tensors, self.format, self.tables, self.dim)
-        return (
-            add_low_rank(x, *read_factors(tensors, self.factors, self.dim)) if self.factors else x
-        )
+        if self.factors:
+            x = add_low_rank(x, *read_factors(tensors, self.factors, self.dim))
+        return x if turned or self.rotation is None else x @ self.rotation.mT
 
     @property
     def tile_order(self) -> torch.Tensor | None:
@@ -141,7 +164,9 @@ class Codec:
         return order_tensors(self.format.bits, self.dim, self.tables.lut.device)[0]
 
     def decode_tiles(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Decode to [B, H, T, D] float32 with the channels in tile order, faster."""
+        """Decode to [B, H, T, D] float32 with the channels in tile order and the rotation on,
+        faster.
+        """
         x = decode_tiles(tensors, self.format, self.tables, self.dim)
         if not self.factors:
             return x

@@ -74,7 +74,8 @@ def parameter_tensors(codec: TensorCodec, heads: int, dim: int) -> dict[str, Ten
 
     Returns:
         name -> TensorInfo: `lut` [C] and `edges` [C-1] (normalised to [-1, 1]) for fitted tables;
-        `scale` and `zero` [H, D] (units of the cached tensor) for calibrated ranges.
+        `scale` and `zero` [H, D] (units of the cached tensor) for calibrated ranges; `rotation`
+        [H, D, D] where one is given.
     """
     q = codec.quantizer
     if isinstance(q, Identity):
@@ -84,6 +85,10 @@ def parameter_tensors(codec: TensorCodec, heads: int, dim: int) -> dict[str, Ten
         tensors["lut"] = TensorInfo((2**q.bits,), torch.float32, "normalised value of a code")
         tensors["edges"] = TensorInfo(
             (2**q.bits - 1,), torch.float32, "normalised boundary between codes"
+        )
+    if codec.rotation == "given":
+        tensors["rotation"] = TensorInfo(
+            (heads, dim, dim), torch.float32, "orthogonal; channels of a head times it are stored"
         )
     if q.range == "calibrated":
         tensors["scale"] = TensorInfo(

@@ -52,16 +52,22 @@ def write(tensors: Tensors, codec: Codec, offset: int, x: torch.Tensor) -> None:
 
 
 def read(
-    sides: Sequence[Tensors], codec: Codec, start: int, stop: int, tiles: bool = False
+    sides: Sequence[Tensors],
+    codec: Codec,
+    start: int,
+    stop: int,
+    tiles: bool = False,
+    turned: bool = False,
 ) -> torch.Tensor:
     """Decode tokens [start, stop), counted from the first page; both at block boundaries.
 
     Returns:
-        [B, H, stop - start, D] in the dtype that the codec decodes to, with `tiles` in tile order.
+        [B, H, stop - start, D] in the dtype that the codec decodes to; with `tiles` in tile order,
+        with either in the codec's rotation.
     """
     whole = sides[0] if len(sides) == 1 else {n: _join(n, codec, sides) for n in sides[0]}
     part = {n: _tokens(t, n, codec, start, stop) for n, t in whole.items()}
-    return codec.decode_tiles(part) if tiles else codec.decode(part)
+    return codec.decode_tiles(part) if tiles else codec.decode(part, turned)
 
 
 def _token_dim(name: str, codec: Codec) -> int:

@@ -67,7 +67,8 @@ def table_bytes(codec: TensorCodec, heads: int, dim: int) -> int:
     if isinstance(q, Identity):
         return 0
     ranges = 2 * heads * dim if q.range == "calibrated" else 0
-    return 4 * (2 ** (q.bits + 1) - 1 + ranges)
+    turns = heads * dim * dim if codec.rotation == "given" else 0
+    return 4 * (2 ** (q.bits + 1) - 1 + ranges + turns)
 
 
 def encoded_tokens(codec: CodecSpec, tokens: int) -> int:

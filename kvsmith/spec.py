@@ -82,6 +82,10 @@ class CodecSpec:
             least = own.layer + 1
 
     def _check_groups(self, sides: CodecSpec | LayerCodec, where: str) -> None:
+        if sides.k.rotation is not None and self.key_domain != "post":
+            remedy = "RoPE does not commute with a rotation; set key_domain: post."
+            got = repr(self.key_domain)
+            raise ValueError(explain(f"{where}.k.rotation", "key_domain", "post", got, remedy))
         for name in ("k", "v"):
             side: TensorCodec = getattr(sides, name)
             q, low_rank, outliers = side.quantizer, side.low_rank, side.outliers
@@ -177,6 +181,10 @@ def slot_tokens(codec: CodecSpec, budget: int) -> int:
 
 
 def _check_budget(codec: CodecSpec, policy: Policy) -> None:
+    keys, values = ([c.k for c in codec.layers], [c.v for c in codec.layers])
+    if any(side.rotation == "given" for side in (codec.k, codec.v, *keys, *values)):
+        expected, remedy = "hadamard where tokens are evicted", "Use rotation: hadamard."
+        raise ValueError(explain("codec.rotation", "value", expected, "given", remedy))
     least = codec.sinks + codec.recent + 2 * codec.block_size
     if policy.budget < least:
         remedy = "Raise the budget, or lower the codec's windows or block_size."

@@ -37,6 +37,7 @@ class Segment:
         columns: [B, C] int64 columns where each row has its own, else None.
         k_order, v_order: [D] int64, the channel at each place where they leave in tile order (see
             `decode_tiles`); None in natural order.
+        k_turn, v_turn: [H or 1, D, D] rotation that is still on them; None for none.
     """
 
     k: torch.Tensor
@@ -45,6 +46,8 @@ class Segment:
     columns: torch.Tensor | None = None
     k_order: torch.Tensor | None = None
     v_order: torch.Tensor | None = None
+    k_turn: torch.Tensor | None = None
+    v_turn: torch.Tensor | None = None
 
 
 class LayerStore:
@@ -184,7 +187,7 @@ class LayerStore:
         Args:
             stop: columns to read.
             chunk: encoded tokens to decode at once, rounded to whole pages.
-            k_tiles, v_tiles: whether decoded keys, values may leave in tile order.
+            k_tiles, v_tiles: whether decoded keys, values may leave in tile order and rotated.
         """
         S = self.spec.sinks
         if self.sinks is not None and stop > 0 and S:
@@ -215,14 +218,15 @@ class LayerStore:
         tokens = stop - first * self.page_size
         blocks = -(-tokens // self.spec.block_size) * self.spec.block_size
         pages = self.pages[first - self.freed : -(-stop // self.page_size) - self.freed]
-        dense, orders = [], []
+        dense, orders, turns = [], [], []
         for side, (codec, wanted) in enumerate(zip(self.codecs, tiles, strict=True)):
             order = codec.tile_order if wanted else None
             sides = [p.sides[side] for p in pages]
-            dense.append(read(sides, codec, 0, blocks, order is not None)[:, :, :tokens])
+            dense.append(read(sides, codec, 0, blocks, order is not None, wanted)[:, :, :tokens])
             orders.append(order)
+            turns.append(codec.rotation if wanted else None)
         start = self.spec.sinks + first * self.page_size
-        return Segment(dense[0], dense[1], start, None, orders[0], orders[1])
+        return Segment(dense[0], dense[1], start, None, *orders, *turns)
 
     # -- rearranging ------------------------------------------------------------------------------
 

@@ -167,11 +167,15 @@ class TensorCodec:
         quantizer: the dense part Q.
         outliers: the sparse part S, None for nothing.
         low_rank: the low-rank part A B^T, None for nothing.
+        rotation: orthogonal turn of each head's channels before they are quantized, undone on
+            queries and outputs: "hadamard" mixes all channels and needs no calibration, "given" is
+            a matrix for each head that the bundle holds. Keys must be stored after RoPE.
     """
 
     quantizer: Identity | Uniform | NUQ
     outliers: StaticThreshold | TopK | None = None
     low_rank: LowRank | None = added_later(None)
+    rotation: Literal["hadamard", "given"] | None = added_later(None)
 
     def __post_init__(self) -> None:
         q, o = self.quantizer, self.outliers
@@ -197,6 +201,8 @@ class TensorCodec:
             )
         if self.low_rank is not None and isinstance(q, Identity):
             raise ValueError(explain("low_rank", "quantizer", "one that leaves an error", q.kind))
+        if self.rotation is not None and (isinstance(q, Identity) or calibrated):
+            raise ValueError(explain("rotation", "quantizer", "one of online ranges", q.kind))
 
     @property
     def fraction(self) -> float:

@@ -33,6 +33,7 @@ from kvsmith.pipeline.evaluation.find import shown
 from kvsmith.pipeline.fit import Sensitivity
 from kvsmith.pipeline.fp8_checkpoint import Checkpoint, Weights, model_folder, scales_of
 from kvsmith.pipeline.interop.kvquant import read_quantizers
+from kvsmith.pipeline.interop.rotations import read_rotations
 from kvsmith.pipeline.log import LoggerConfig, NoLogger, Run
 from kvsmith.pipeline.model import ModelConfig, load_config, load_model
 from kvsmith.pipeline.stage import file_hash, locked, read_json
@@ -55,6 +56,7 @@ class ExportConfig:
         sensitivity: weights of the codebook fit.
         calibration: folder of a finished calibration; None is the newest one of the model.
         quantizers: `quantizers.pickle` of KVQuant's own program, in place of a calibration.
+        rotations: files of rotations of keys and of values, for a codec with `rotation: given`.
         calibrations: where calibrations are looked for.
         quality: JSON file with measured numbers; None writes none.
         format: a bundle, or a checkpoint with 8-bit cache scales (`compressed-tensors`), which
@@ -75,6 +77,7 @@ class ExportConfig:
     sensitivity: Sensitivity = "fisher"
     calibration: str | None = None
     quantizers: str | None = None
+    rotations: tuple[str, str] | None = None
     calibrations: str = "artifacts/calibration"
     quality: str | None = None
     format: Literal["bundle", "compressed-tensors"] = "bundle"
@@ -165,6 +168,12 @@ def make_bundle(cfg: ExportConfig, log: Run) -> tuple[Bundle, str]:
         path = input_path(cfg.quantizers)
         parameters = read_quantizers(path, cfg.codec, base.geometry)
         program = f"kvsmith {__version__}, quantizers of KVQuant {file_hash(path)[:16]}"
+    elif cfg.rotations is not None:
+        keys, values = map(input_path, cfg.rotations)
+        parameters = read_rotations((keys, values), cfg.codec, base.geometry)
+        program = (
+            f"kvsmith {__version__}, rotations {file_hash(keys)[:16]} {file_hash(values)[:16]}"
+        )
     elif expected_tensors(spec, base.geometry):
         calibration, parameters = calibrated(cfg, base, log)
     bundle = Bundle.create(spec, parameters, base, calibration, None, program)

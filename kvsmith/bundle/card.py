@@ -72,6 +72,8 @@ def describe(codec: TensorCodec) -> str:
     words = [f"{q.kind} {q.bits} bits", f"{q.range} range per {q.axis}{group}"]
     if q.kind == "nuq":
         words[0] += f" ({q.table} table{', Q-Norm' if q.q_norm else ''})"
+    if codec.rotation:
+        words.append(f"{codec.rotation} rotation of each head")
     if codec.outliers:
         rule = "static threshold" if isinstance(codec.outliers, StaticThreshold) else "top k"
         words.append(f"{100 * codec.fraction:g} % outliers by {rule}")

@@ -24,6 +24,7 @@ from kvsmith.spec import NUQ, CacheSpec, TensorCodec
 HEADER_LIMIT = 2**21  # bytes of a safetensors header
 CHUNK = 2**20  # bytes that are hashed at a time
 _ALIGN = 8
+ORTHOGONAL = 1e-3  # largest element of R R^T - I
 
 
 def expected_tensors(spec: CacheSpec, geometry: ModelGeometry) -> dict[str, TensorInfo]:
@@ -149,6 +150,10 @@ def _check_values(codec: TensorCodec, own: Mapping[str, torch.Tensor], where: st
         plain = isinstance(codec.quantizer, NUQ) and not codec.quantizer.q_norm
         if plain and not bool(((lut[:-1] <= edges) & (edges <= lut[1:])).all()):
             raise refuse(where, "edges", "between their neighbours in lut", edges.tolist(), remedy)
+    if (turn := own.get("rotation")) is not None:
+        off = float((turn @ turn.mT - torch.eye(turn.shape[-1])).abs().max())
+        if off > ORTHOGONAL:
+            raise refuse(where, "rotation", f"orthogonal to {ORTHOGONAL}", off, remedy)
     scale, zero = own.get("scale"), own.get("zero")
     if scale is None or zero is None:
         return

@@ -14,6 +14,7 @@ import io
 import math
 import pickletools
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +64,29 @@ def read_pickle(path: Path) -> Any:
         return _Machine(str(path)).run(file)
 
 
+def read_torch(path: Path) -> Any:
+    """Read what torch's own `save` wrote (since 1.6): an archive of one pickle and the storages.
+
+    Args, returns and raises as of `read_pickle`.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(explain(str(path), "file", "present", "nothing"))
+    try:
+        with zipfile.ZipFile(path) as archive:
+            inside = {entry.filename: entry for entry in archive.infolist()}
+            pickles = [name for name in inside if name.endswith("/data.pkl")]
+            if len(pickles) != 1 or sum(e.file_size for e in inside.values()) > LIMIT:
+                raise ValueError(explain(str(path), "content", "one pickle", len(pickles)))
+            folder = pickles[0].removesuffix("data.pkl")
+
+            def storage(key: str) -> bytes:
+                return archive.read(f"{folder}data/{key}")
+
+            return _Machine(str(path), storage).run(io.BytesIO(archive.read(pickles[0])))
+    except (zipfile.BadZipFile, NotImplementedError) as error:
+        raise ValueError(explain(str(path), "file", "an archive of torch", str(error))) from error
+
+
 @dataclass(frozen=True)
 class _Name:
     """A function or class that a pickle asks for; a word, never the thing."""
@@ -101,11 +125,11 @@ class _Machine:
 
     Args:
         where: the file, for errors.
-        storages: torch storages by key, for the pickles inside a storage's bytes.
+        storage: gives the bytes of a storage by its key; None where a pickle may not refer to any.
     """
 
-    def __init__(self, where: str, storages: dict[str, _Storage] | None = None) -> None:
-        self._where, self._storages = where, storages
+    def __init__(self, where: str, storage: Callable[[str], bytes] | None = None) -> None:
+        self._where, self._storage = where, storage
         self._wanted: dict[str, tuple[torch.dtype, int]] = {}
 
     def run(self, file: BinaryIO) -> Any:
@@ -158,7 +182,7 @@ class _Machine:
 
     def _name(self, module: str, name: str) -> _Name:
         found = _Name(module, name)
-        storage = module == "torch" and name in STORAGES and self._storages is not None
+        storage = module == "torch" and name in STORAGES and self._storage is not None
         if found not in _CALLS and found not in _TYPES and not storage:
             raise self._refuse("type", "a number, container, array or tensor", f"{module}.{name}")
         return found
@@ -182,17 +206,16 @@ class _Machine:
 
     def _persistent(self, key: Any) -> _Storage:
         """A storage, by the identifier that torch writes."""
-        if self._storages is None:
+        if self._storage is None:
             raise self._refuse("reference", "none", "a persistent identifier")
         _, kind, name, _, count = key[:5]
-        self._wanted[name] = (STORAGES[kind.name], count)
-        if name not in self._storages:
-            self._storages[name] = _Storage(torch.zeros(0, dtype=STORAGES[kind.name]))
-        return self._storages[name]
+        dtype = STORAGES[kind.name]
+        self._wanted[name] = (dtype, count)
+        return _values(self._storage(name), dtype)
 
     def _legacy(self, data: bytes) -> _Storage:
         """A storage in torch's format of before 1.6."""
-        file, inner = io.BytesIO(data), _Machine(self._where, {})
+        file, inner = io.BytesIO(data), _Machine(self._where, lambda _: b"")
         if inner.run(file) != MAGIC:
             raise self._refuse("storage", "in torch's format", "something else")
         inner.run(file)  # protocol
@@ -204,10 +227,7 @@ class _Machine:
         dtype, count = inner._wanted[keys[0]]
         if int.from_bytes(file.read(8), "little") != count:
             raise self._refuse("storage", f"{count} values", "another number")
-        raw = file.read(count * dtype.itemsize)
-        if not count:
-            return _Storage(torch.zeros(0, dtype=dtype))
-        return _Storage(torch.frombuffer(bytearray(raw), dtype=dtype, count=count))
+        return _values(file.read(count * dtype.itemsize), dtype)
 
 
 def _instructions(file: BinaryIO) -> Iterator[Any]:
@@ -285,6 +305,14 @@ def _tensor(data: Any, dtype: _Dtype, shape: tuple[int, ...], order: str) -> Ten
     raw = data.encode("latin1") if isinstance(data, str) else bytes(data)
     array = np.frombuffer(raw, dtype=f"<{dtype.code}").reshape(shape, order=order)  # type: ignore[call-overload]
     return torch.from_numpy(array.copy())
+
+
+def _values(raw: bytes, dtype: torch.dtype) -> _Storage:
+    """A storage of its bytes; too few show when a tensor asks for what is not there."""
+    whole = len(raw) // dtype.itemsize
+    if not whole:
+        return _Storage(torch.zeros(0, dtype=dtype))
+    return _Storage(torch.frombuffer(bytearray(raw), dtype=dtype, count=whole))
 
 
 def _view(storage: _Storage, offset: int, size: Any, stride: Any, *_: Any) -> Tensor:
