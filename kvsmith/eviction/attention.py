@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
-from kvsmith.attention import LOGIT_ELEMENTS, Mask, Rotation, Scores, attend_dense, sink_partial
+from kvsmith.attention import LOGIT_ELEMENTS, Mask, Scores, attend_dense, sink_partial
 from kvsmith.eviction.store import EvictingStore
 from kvsmith.eviction.tokens import Tokens
 from kvsmith.kernels.attend.api import attend
 from kvsmith.kernels.column_scores.api import column_scores
+from kvsmith.kernels.partial import Partial
+
+# Rotates [B, H, C, D] keys at columns [B, C]; see `attention.Rotation`.
+Rotate = Callable[[torch.Tensor, int | None, torch.Tensor | None], torch.Tensor]
 
 
 def attend_kept(
@@ -19,7 +23,7 @@ def attend_kept(
     v: torch.Tensor,
     store: EvictingStore,
     mask: Mask,
-    rotate: Rotation,
+    rotate: Rotate,
     scores: Scores,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attend to what is left of earlier tokens, and to the new ones exactly.
@@ -40,16 +44,35 @@ def attend_kept(
         out [B, T, Hq, Dv] in the dtype of q; mass [B, H, C + T'] float32 for `store.settle`, None
         where the policy does not ask.
     """
-    old, policy, T = store.kept(), store.policy, q.shape[2]
-    if old is None and not policy.scored and scores.softcap is None and scores.sink is None:
+    plain = scores.softcap is None and scores.sink is None and not store.policy.scored
+    if store.length == k.shape[2] and plain:
         return attend_dense(q, k, v, mask, scores.scale), None
+    part, mass = attend_there(q, k, v, store, mask, rotate, scores)
+    if store.state is not None and store.length > k.shape[2]:
+        part = part.merge(store.state.partial(q))
+    return part.out.transpose(1, 2).to(q.dtype), mass
+
+
+def attend_there(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    store: EvictingStore,
+    mask: Mask,
+    rotate: Rotate,
+    scores: Scores,
+) -> tuple[Partial, torch.Tensor | None]:
+    """Attention over the tokens that are there, without the state; arguments and mass as in
+    `attend_kept`.
+    """
+    old, policy, T = store.kept(), store.policy, q.shape[2]
     keys, values = k, v
     if old is not None:
         keys = torch.cat([rotate_tokens(rotate, old), k], 2)
         values = torch.cat([old.v, v], 2)
     held, before = keys.shape[2] - k.shape[2], store.length - k.shape[2]
     mass = keys.new_zeros(keys.shape[:3], dtype=torch.float32) if policy.scored else None
-    outs = []
+    parts = []
     for rows in _row_slices(q, keys):
         # The queries are the last T of the new tokens.
         stop = k.shape[2] - T + rows.stop if mask.is_causal else k.shape[2]
@@ -68,13 +91,11 @@ def attend_kept(
         if mass is not None and (rows.stop == T or not policy.last_query):
             only = slice(-1, None) if policy.last_query else slice(None)
             mass[:, :, : held + stop] += _mass(some, seen_keys, part.lse, seen, scores, only)
-        if store.state is not None and old is not None:
-            part = part.merge(store.state.partial(some))
-        outs.append(part.out)
-    return torch.cat(outs, dim=2).transpose(1, 2).to(q.dtype), mass
+        parts.append(part)
+    return Partial(torch.cat([p.out for p in parts], 2), torch.cat([p.lse for p in parts], 2)), mass
 
 
-def rotate_tokens(rotate: Rotation, tokens: Tokens) -> torch.Tensor:
+def rotate_tokens(rotate: Rotate, tokens: Tokens) -> torch.Tensor:
     """Keys [B, H, C, D] after RoPE; heads are laid side by side, since each has its own columns."""
     B, H, C, D = tokens.k.shape
     flat = tokens.k.reshape(B, 1, H * C, D)

@@ -104,7 +104,7 @@ class Attachment:
             if type(module).__name__.endswith("RotaryEmbedding"):
                 module.register_forward_hook(self._after_rotary, with_kwargs=True)
                 self._changing += [module] if changes_frequencies(module) else []
-        for module in _attention_modules(model):
+        for module in attention_modules(model):
             SEAMS[module] = Seam(self, module)
             module.register_forward_pre_hook(self._before_attention, with_kwargs=True)
 
@@ -259,7 +259,7 @@ SEAMS: weakref.WeakKeyDictionary[nn.Module, Seam] = weakref.WeakKeyDictionary()
 ATTACHED: weakref.WeakKeyDictionary[nn.Module, Attachment] = weakref.WeakKeyDictionary()
 
 
-def _attention_modules(model: nn.Module) -> list[nn.Module]:
+def attention_modules(model: nn.Module) -> list[nn.Module]:
     """Innermost modules that own a layer index and call the attention interface."""
     found = [
         m for m in model.modules() if hasattr(m, "layer_idx") and "Attention" in type(m).__name__
@@ -277,7 +277,7 @@ def attach(model: PreTrainedModel) -> None:
     if model in ATTACHED:
         return
     geometry(model.config)
-    if not _attention_modules(model):
+    if not attention_modules(model):
         where = f"model ({model.config.model_type})"
         raise ValueError(explain(where, "attention", "in modules that know their layer", "none"))
     ATTACHED[model] = attachment = Attachment(model)

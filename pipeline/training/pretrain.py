@@ -1,6 +1,6 @@
 """Pretraining: text -> tokenizer -> weights -> a model folder with a card.
 
-Everything unfinished lives in `runs/pretrain/<name>-<hash8>/` (tokenizer, checkpoint, metrics); the
+Everything unfinished lives in `runs/train/<name>-<hash8>/` (tokenizer, checkpoint, metrics); the
 model folder appears whole at the end. The same command continues an interrupted run and skips a
 finished one.
 """

@@ -1,0 +1,196 @@
+"""What eviction does to a layer of the full model: replayed by the runtime's own store.
+
+The model reads text with full attention once. At each layer queries, keys and values pass by, and
+an `EvictingStore` takes them in the steps in which decoding token by token would evict, block by
+block, so that between two evictions every query sees what it would see there.
+Kept are the attention over the tokens that are there, and the tokens that go, in the order in which
+they go. No T x T map exists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from kvsmith.attention import Scores, attend_dense
+from kvsmith.eviction.attention import attend_there, rotate_tokens
+from kvsmith.eviction.store import EvictingStore
+from kvsmith.eviction.tokens import Tokens
+from kvsmith.hf.masks import LazyMask, TensorMask
+from kvsmith.hf.seam import HANDLE, Seam, SeamCache, attach
+from kvsmith.kernels.partial import Partial
+from kvsmith.rope import CosSin
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Activations of one layer of the full model for some sequences.
+
+    Attributes:
+        index: the layer.
+        q: [B, Hq, T, D] after RoPE.
+        k: [B, H, T, D] before RoPE.
+        v: [B, H, T, Dv].
+        rope: cos and sin of the T positions, None without RoPE.
+        turn: the model's rotary function.
+        out: [B, Hq, T, Dv] full attention.
+        scores: scale and its like.
+    """
+
+    index: int
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    rope: CosSin | None
+    turn: Callable[[Tensor, CosSin | None], Tensor]
+    out: Tensor
+    scores: Scores
+
+
+Visit = Callable[[Layer], None]
+
+
+class Sweep(DynamicCache, SeamCache):  # type: ignore[misc]
+    """Stores nothing; shows each layer's activations to a visitor."""
+
+    def __init__(self, visit: Visit) -> None:
+        super().__init__()
+        self.visit = visit
+        self._seams: dict[int, Seam] = {}
+
+    def begin(self, seam: Seam) -> None:
+        """See `SeamCache`."""
+        self._seams[seam.layer] = seam
+
+    def update(
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+        layer_idx: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """Hand keys on with a handle to the visitor."""
+        handed = key_states.view_as(key_states)
+        rope = self._seams[layer_idx].call
+        assert rope is not None
+        setattr(handed, HANDLE, _Handle(self.visit, key_states, rope.rope))
+        return handed, value_states
+
+
+@dataclass
+class _Handle:
+    visit: Visit
+    k: Tensor
+    rope: CosSin | None
+    before: int = 0
+
+    def attend(
+        self,
+        seam: Seam,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: LazyMask | TensorMask,
+        scores: Scores,
+    ) -> Tensor:
+        assert seam.call is not None
+        q = seam.turn(q, seam.call.rope)
+        out = attend_dense(q, seam.turn(k, self.rope), v, mask, scores.scale)
+        shown = (q, self.k, v, self.rope, seam.turn, out.transpose(1, 2), scores)
+        self.visit(Layer(seam.layer, *shown))
+        return out
+
+
+@torch.no_grad()
+def sweep(model: PreTrainedModel, ids: Tensor, visit: Visit) -> None:
+    """Read sequences [B, T] with full attention and show every layer's activations."""
+    attach(model)
+    model(input_ids=ids, past_key_values=Sweep(visit), use_cache=True, logits_to_keep=1)
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What eviction leaves of a layer's attention, from the first query that misses a token on.
+
+    Attributes:
+        first: position of that query.
+        block: queries between two evictions.
+        kept: [B, Hq, E * block, ...] attention over the tokens that are there.
+        k: [B, H, E * block, D] keys after RoPE in the order in which they go; block e goes before
+            the queries of block e come.
+        v: [B, H, E * block, Dv] their values.
+    """
+
+    first: int
+    block: int
+    kept: Partial
+    k: Tensor
+    v: Tensor
+
+
+@torch.no_grad()
+def replay(layer: Layer, store: EvictingStore) -> Replay | None:
+    """Let a store evict as decoding token by token would.
+
+    Args:
+        layer: activations.
+        store: empty, for a layer of this shape; its state is not asked.
+
+    Returns:
+        None where the sequences are too short for a block of queries that misses a token.
+    """
+    block, first, T = store.spec.block_size, store.policy.budget, layer.q.shape[2]
+    count = (T - first) // block
+    if count < 1:
+        return None
+    parts: list[Partial] = []
+    gone: list[Tokens] = []
+
+    def rotate(k: Tensor, start: int | None, columns: Tensor | None) -> Tensor:
+        return layer.turn(k, _rope_at(layer.rope, columns))
+
+    done = 0
+    # Nothing goes before the budget is full, then one block for each block that comes.
+    for size in (first, *[block] * count):
+        span = slice(done, done + size)
+        k = layer.k[:, :, span]
+        store.append(k, layer.v[:, :, span])
+        rope = None if layer.rope is None else (layer.rope[0][:, span], layer.rope[1][:, span])
+        new = (layer.q[:, :, span], layer.turn(k, rope), layer.v[:, :, span])
+        part, mass = attend_there(*new, store, _causal(done, size, k), rotate, layer.scores)
+        store.settle(mass, gone.append)
+        parts.append(part)
+        done += size
+    lost = Tokens.join(gone[:count])
+    after = parts[1:]
+    kept = Partial(torch.cat([p.out for p in after], 2), torch.cat([p.lse for p in after], 2))
+    return Replay(first, block, kept, rotate_tokens(rotate, lost), lost.v)
+
+
+def _causal(before: int, size: int, like: Tensor) -> LazyMask:
+    return LazyMask(
+        {
+            "batch_size": like.shape[0],
+            "q_length": size,
+            "kv_length": before + size,
+            "q_offset": before,
+            "allow_is_causal_skip": True,
+            "device": like.device,
+        }
+    )
+
+
+def _rope_at(rope: CosSin | None, columns: Tensor | None) -> CosSin | None:
+    """cos and sin [B, C, D] of the columns [B, C]; positions are columns here."""
+    if rope is None:
+        return None
+    assert columns is not None
+    cos, sin = (x.expand(columns.shape[0], -1, -1) for x in rope)
+    index = columns[..., None].expand(-1, -1, cos.shape[2])
+    return cos.gather(1, index), sin.gather(1, index)
