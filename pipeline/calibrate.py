@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvsmith.errors import explain
-from kvsmith.eviction.policy import Eviction, KeepAll
+from kvsmith.eviction.policy import KeepAll
 from kvsmith.hf import geometry
 from kvsmith.layout import check_geometry
 from kvsmith.pipeline.budget.options import BudgetOptions
@@ -42,6 +42,7 @@ from kvsmith.pipeline.config import DebugConfig, input_path, output_path
 from kvsmith.pipeline.data import DataConfig, HubData, PydocsData, token_blocks, tokens_hash
 from kvsmith.pipeline.data.split import Split
 from kvsmith.pipeline.fit import Sensitivity
+from kvsmith.pipeline.less.options import EvictionChoice
 from kvsmith.pipeline.log import LoggerConfig, NoLogger, Run
 from kvsmith.pipeline.model import ModelConfig, load_model, model_context
 from kvsmith.pipeline.stage import Stage, Stop, digest, locked, run_stage, write_json
@@ -89,7 +90,7 @@ class CalibrateConfig:
     data: DataConfig
     codec: CodecSpec | None = None
     codecs: tuple[str, ...] = ()
-    eviction: Eviction = field(default_factory=KeepAll)
+    eviction: EvictionChoice = field(default_factory=KeepAll)
     samples: int = 64
     length: int = 512
     batch_size: int = 8

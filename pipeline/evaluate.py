@@ -42,6 +42,7 @@ from kvsmith.pipeline.evaluation.options import (
     sizes,
 )
 from kvsmith.pipeline.evaluation.recall import plant, words_of
+from kvsmith.pipeline.evaluation.recovery import controls, recoveries
 from kvsmith.pipeline.log import LoggerConfig, NoLogger, Run
 from kvsmith.pipeline.model import ModelConfig, input_device, load_model, model_context
 from kvsmith.pipeline.report import table
@@ -152,7 +153,8 @@ def gather(cfg: EvaluateConfig, model: PreTrainedModel, log: Run) -> list[Candid
         else:
             baselines += baseline_candidates([name], model)
     if cfg.codec is None:
-        return [*bundle_candidates(cfg.asked, root, cfg.model.label, model), *baselines]
+        bundles = bundle_candidates(cfg.asked, root, cfg.model.label, model)
+        return [*bundles, *controls(bundles), *baselines]
     one = codec_candidate(cfg.codec, root, output_path(cfg.calibrations), cfg.model, model)
     return [one, *(b for b in baselines if b.name != one.name)]
 
@@ -196,7 +198,8 @@ def report(
     title = f"{cfg.model.label} on held-out {data_name(cfg.data)}"
     lines = protocol(cfg, rows, size, model)
     log.table(title, table.COLUMNS, [table.cells(row) for row in rows])
-    for line in (*lines, *table.comparisons(rows)):
+    found = [*table.comparisons(rows), *recoveries(rows)]
+    for line in (*lines, *found):
         log.say(line)
     log.record("results", list(table.flat(rows[0])), [list(table.flat(r).values()) for r in rows])
     log.scalars(0, scalars(rows))
@@ -210,7 +213,7 @@ def report(
         "protocol": lines,
         "config": to_dict(cfg),
         "rows": [table.plain(row) for row in rows],
-        "comparisons": table.comparisons(rows),
+        "comparisons": found,
     }
     write_json(folder / "results.json", facts)
     drawn = figures(cfg, rows, model, folder, title, log)

@@ -6,7 +6,7 @@ where the parameters come from, and the parameters, so that equal names mean equ
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from kvsmith.bundle import BaseModel, Bundle, Calibration, base_model, expected_tensors
 from kvsmith.bundle.card import sizes
 from kvsmith.errors import explain
-from kvsmith.eviction.policy import Eviction, KeepAll
+from kvsmith.eviction.policy import KeepAll
 from kvsmith.hf import geometry
 from kvsmith.layout import check_geometry
 from kvsmith.pipeline.calibration import (
@@ -25,6 +25,7 @@ from kvsmith.pipeline.calibration import (
     find_calibration,
     parameters_for,
     read_record,
+    weights_hash,
 )
 from kvsmith.pipeline.codecs import codec_name
 from kvsmith.pipeline.config import DebugConfig, config_hash, input_path, output_path
@@ -34,6 +35,8 @@ from kvsmith.pipeline.fit import Sensitivity
 from kvsmith.pipeline.fp8_checkpoint import Checkpoint, Weights, model_folder, scales_of
 from kvsmith.pipeline.interop.kvquant import read_quantizers
 from kvsmith.pipeline.interop.rotations import read_rotations
+from kvsmith.pipeline.less.options import EvictionChoice, LessTraining, context_of, resolve
+from kvsmith.pipeline.less.result import cut, exported, find_trained, read_trained
 from kvsmith.pipeline.log import LoggerConfig, NoLogger, Run
 from kvsmith.pipeline.model import ModelConfig, load_config, load_model
 from kvsmith.pipeline.stage import file_hash, locked, read_json
@@ -52,6 +55,9 @@ class ExportConfig:
         model: the base model.
         codec: how a token is stored.
         eviction: which tokens stay.
+        less: set by `less=...`, which sets the eviction too: the state that was trained for it.
+        trained: folder that train.py wrote; None is the newest fitting one of the model.
+        trainings: where they are looked for.
         page_size: tokens by which a cache grows.
         sensitivity: weights of the codebook fit.
         calibration: folder of a finished calibration; None is the newest one of the model.
@@ -72,7 +78,10 @@ class ExportConfig:
 
     model: ModelConfig
     codec: CodecSpec
-    eviction: Eviction = field(default_factory=KeepAll)
+    eviction: EvictionChoice = field(default_factory=KeepAll)
+    less: LessTraining | None = None
+    trained: str | None = None
+    trainings: str = "artifacts/less"
     page_size: int = 128
     sensitivity: Sensitivity = "fisher"
     calibration: str | None = None
@@ -158,8 +167,9 @@ def make_bundle(cfg: ExportConfig, log: Run) -> tuple[Bundle, str]:
     Raises:
         FileNotFoundError, ValueError: as `run`.
     """
-    spec = CacheSpec(cfg.codec, cfg.eviction, cfg.page_size)
-    base = describe(cfg.model, load_config(cfg.model))
+    config = load_config(cfg.model)
+    base = describe(cfg.model, config)
+    spec = CacheSpec(cfg.codec, resolve(cfg.eviction, context_of(config)), cfg.page_size)
     check_geometry(spec, base.geometry)
     calibration: Calibration | None = None
     parameters: dict[str, Tensor] = {}
@@ -176,8 +186,11 @@ def make_bundle(cfg: ExportConfig, log: Run) -> tuple[Bundle, str]:
         )
     elif expected_tensors(spec, base.geometry):
         calibration, parameters = calibrated(cfg, base, log)
+    if cfg.less is not None:
+        spec, features = with_state(cfg, cfg.less, spec, base, log)
+        parameters = parameters | features
     bundle = Bundle.create(spec, parameters, base, calibration, None, program)
-    name = f"{codec_name(cfg.codec)}-{identity(bundle)}"
+    name = f"{cache_name(spec)}-{identity(bundle)}"
     if cfg.quality is not None:
         quality = read_quality(input_path(cfg.quality), name)
         bundle = Bundle.create(spec, parameters, base, calibration, quality, program)
@@ -190,6 +203,38 @@ def describe(cfg: ModelConfig, config: PreTrainedConfig) -> BaseModel:
     text: Any = config.get_text_config(decoder=True)
     revision = None if local else getattr(config, "_commit_hash", None) or cfg.revision
     return base_model(text.to_dict(), geometry(config), cfg.label if local else cfg.path, revision)
+
+
+def cache_name(spec: CacheSpec) -> str:
+    """A word for folders: codec, eviction with its budget, and rank of the state."""
+    name = codec_name(spec.codec)
+    if isinstance(spec.eviction, KeepAll):
+        return name
+    state = "" if spec.less is None else f"-less{spec.less.rank}"
+    return f"{name}-{spec.eviction.kind}{spec.eviction.budget}{state}"
+
+
+def with_state(
+    cfg: ExportConfig, less: LessTraining, spec: CacheSpec, base: BaseModel, log: Run
+) -> tuple[CacheSpec, dict[str, Tensor]]:
+    """The cache with the state that was trained for it, and its features.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such training, or it does not fit.
+    """
+    if isinstance(spec.eviction, KeepAll):
+        raise ValueError(explain("less", "eviction", "one that evicts", "keep_all"))
+    if cfg.trained is not None:
+        folder = input_path(cfg.trained)
+    else:
+        weights = weights_hash(load_model(cfg.model)[0])
+        root = output_path(cfg.trainings) / cfg.model.label
+        folder = find_trained(root, base, weights, spec, less)
+    record, tensors = read_trained(folder)
+    record.source.base_model.check(base, str(folder))
+    log.say(f"trained state: {shown(folder)}")
+    whole = replace(spec, less=exported(less, record.ranks))
+    return whole, cut(whole, base, tensors)
 
 
 def calibrated(

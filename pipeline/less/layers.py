@@ -149,10 +149,13 @@ def initial(
     if not isinstance(cfg.features, Exponential):
         return made
 
+    blocks = gone.k.shape[2] // gone.block
+    pick = Pick(0, max(1, blocks // 8))
+
     def error(offset: float) -> float:
         tried = {**made, "psi.bias": made["psi.bias"] + offset}
         maps = feature_map(cfg.features, {n: t.to(weight.device) for n, t in tried.items()})
-        return float(relative_error(maps, cfg.largest, seen, gone, weight, Pick(0, 16)))
+        return relative_error(maps, cfg.largest, seen, gone, weight, pick).item()
 
     with torch.no_grad():
         best = min(OFFSETS, key=error)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from kvsmith.errors import explain
 from kvsmith.eviction.policy import H2O, TOVA, Eviction, KeepAll, Lambda, Policy
@@ -40,6 +40,12 @@ class TOVAChoice:
 
 
 EvictionChoice = KeepAll | LambdaChoice | H2OChoice | TOVAChoice
+
+
+def context_of(config: Any) -> int | None:
+    """Longest sequence of a model in tokens, None where its configuration names none."""
+    limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) else None
 
 
 def resolve(choice: EvictionChoice, context: int | None) -> Eviction:
@@ -97,9 +103,6 @@ class LessTraining:
         steps: optimizer steps on each batch.
         stride: of the blocks of queries that a step looks at.
         lr: largest learning rate; a cosine ends at a twentieth of it.
-        through_steps, through_lr: steps and rate of the second objective, the divergence of the
-            model's predictions with all layers compressed; 0 leaves it out.
-        through_tokens: tokens of its sequences.
         held: sequences of the calibration split that measure what was gained.
         seed: of initial features, sequences and choices.
     """
@@ -116,9 +119,6 @@ class LessTraining:
     steps: int = 40
     stride: int = 8
     lr: float = 0.03
-    through_steps: int = 0
-    through_lr: float = 0.01
-    through_tokens: int = 256
     held: int = 8
     seed: int = 0
 
@@ -145,4 +145,4 @@ class LessTraining:
 
     def smoke(self) -> LessTraining:
         """The same path in seconds."""
-        return replace(self, samples=4, batch_size=2, steps=3, held=2, through_steps=0)
+        return replace(self, samples=4, batch_size=2, steps=3, held=2)

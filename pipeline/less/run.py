@@ -19,7 +19,7 @@ from kvsmith.layout import check_geometry, evicting_layers
 from kvsmith.pipeline.calibration import describe_model, find_calibration, parameters_for
 from kvsmith.pipeline.config import output_path
 from kvsmith.pipeline.data import DataConfig, data_name, token_blocks, tokens_hash
-from kvsmith.pipeline.less.options import EvictionChoice, LessTraining, resolve
+from kvsmith.pipeline.less.options import EvictionChoice, LessTraining, context_of, resolve
 from kvsmith.pipeline.less.result import RECORD, Source, write_trained
 from kvsmith.pipeline.less.training import Training
 from kvsmith.pipeline.less.workers import start_workers
@@ -100,7 +100,7 @@ def cache_spec(codec: CodecSpec, choice: EvictionChoice, model: PreTrainedModel)
     if isinstance(choice, KeepAll):
         remedy = "Choose eviction=h2o_pct5, say; less=h2o_pct5 brings its own."
         raise ValueError(explain("less", "eviction", "one that evicts", "keep_all", remedy))
-    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    context = context_of(model.config)
     spec = CacheSpec(codec, resolve(choice, context))
     shape = geometry(model.config)
     check_geometry(spec, shape)
@@ -114,7 +114,7 @@ def texts(
     cfg: LessTraining, data: DataConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Tensor, Tensor]:
     """Sequences that train, and sequences that measure."""
-    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    context = context_of(model.config)
     length = cfg.length or min(context or LONGEST, LONGEST)
     if context is not None and length > context:
         expected = f"at most the model's context of {context}"

@@ -34,6 +34,7 @@ from kvsmith.sizes import STATE_BYTES
 from kvsmith.spec import CacheSpec
 from kvsmith.stores import make_store
 
+WORSE = 1.5  # times the error of eviction alone: training has diverged
 PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj")
 
 
@@ -150,11 +151,12 @@ class Training:
             for rank, shares in left[seen.index].items():
                 assert trainer.map is not None
                 found = relative_error(trainer.map, rank, seen, gone, trainer.weight, Pick())
-                shares.append(float(found))
+                shares.append(found.item())
 
         for ids in self.held.split(self.cfg.batch_size):
             sweep(self.model, ids.to(self.workers.device), visit)
         mean = {i: {r: sum(x) / len(x) for r, x in by.items()} for i, by in left.items()}
+        _check_gain(mean)
         return self._everyones(mean, {i: sum(x) / len(x) for i, x in error.items()})
 
     def _everyones(
@@ -232,6 +234,16 @@ class Training:
                 {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
             )
         return done
+
+
+def _check_gain(left: dict[int, dict[int, float]]) -> None:
+    """Refuse features that are worse than none."""
+    for layer, by in left.items():
+        if not min(by.values()) < WORSE:
+            what = "error left beside eviction alone"
+            remedy = "Lower less.lr, or train on more sequences."
+            got = min(by.values())
+            raise ValueError(explain(f"less: layer {layer}", what, f"below {WORSE}", got, remedy))
 
 
 @torch.no_grad()
