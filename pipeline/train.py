@@ -10,8 +10,8 @@ from kvsmith.eviction.policy import KeepAll
 from kvsmith.pipeline.config import DebugConfig, experiments, output_path
 from kvsmith.pipeline.data import DataConfig, PydocsData
 from kvsmith.pipeline.less.options import EvictionChoice, LessTraining
-from kvsmith.pipeline.less.run import train_less
-from kvsmith.pipeline.log import LoggerConfig
+from kvsmith.pipeline.less.run import predict, train_less
+from kvsmith.pipeline.log import LoggerConfig, Run
 from kvsmith.pipeline.model import ModelConfig
 from kvsmith.pipeline.training.pretrain import Pretrain, pretrain
 from kvsmith.spec import CodecSpec
@@ -32,6 +32,7 @@ class TrainConfig:
             is `artifacts/less/<model>`.
         work: folder of unfinished runs.
         overwrite: replace a finished model of another configuration.
+        dry_run: with `less`, say what training will take, and do nothing.
         logger: where scalars go.
         debug: `debug=smoke` trains a toy for seconds.
     """
@@ -47,6 +48,7 @@ class TrainConfig:
     output: str | None = None
     work: str = "runs/train"
     overwrite: bool = False
+    dry_run: bool = False
 
 
 def run(cfg: TrainConfig, folder: Path) -> None:
@@ -62,6 +64,8 @@ def run(cfg: TrainConfig, folder: Path) -> None:
     if cfg.less is not None:
         _train_less(cfg, cfg.less, folder)
         return
+    if cfg.dry_run:
+        raise ValueError(explain("dry_run", "training", "of states, less=...", "another"))
     if cfg.pretrain is None:
         names = ", ".join(f"experiment={name}" for name in experiments("pretrain"))
         raise ValueError(
@@ -81,6 +85,11 @@ def _train_less(cfg: TrainConfig, less: LessTraining, folder: Path) -> None:
     if cfg.pretrain is not None:
         raise ValueError(explain("train", "less", "left out with experiment", "both", "Train one."))
     assert cfg.codec is not None  # the configuration has a default
+    if cfg.dry_run:
+        with Run(None) as log:
+            for line in predict(less, cfg.model, cfg.codec, cfg.eviction):
+                log.say(line)
+        return
     smoke = cfg.debug.smoke
     output = (
         folder / "less" if smoke else output_path(cfg.output or f"artifacts/less/{cfg.model.label}")

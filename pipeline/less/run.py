@@ -9,22 +9,24 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from kvsmith.bundle import expected_tensors
 from kvsmith.errors import explain
 from kvsmith.eviction.policy import KeepAll
 from kvsmith.hf.geometry import geometry
+from kvsmith.hf.shapes import model_facts
 from kvsmith.layout import check_geometry, evicting_layers
 from kvsmith.pipeline.calibration import describe_model, find_calibration, parameters_for
 from kvsmith.pipeline.config import output_path
 from kvsmith.pipeline.data import DataConfig, data_name, token_blocks, tokens_hash
+from kvsmith.pipeline.less.estimate import estimate
 from kvsmith.pipeline.less.options import EvictionChoice, LessTraining, context_of, resolve
 from kvsmith.pipeline.less.result import RECORD, Source, write_trained
 from kvsmith.pipeline.less.training import Training
 from kvsmith.pipeline.less.workers import start_workers
 from kvsmith.pipeline.log import LoggerConfig, NoLogger, Run
-from kvsmith.pipeline.model import ModelConfig, load_model, model_device
+from kvsmith.pipeline.model import ModelConfig, load_config, load_model, model_device
 from kvsmith.pipeline.stage import Stop, digest
 from kvsmith.spec import CacheSpec, CodecSpec
 
@@ -63,7 +65,7 @@ def train_less(
     workers = start_workers(model_device(model_cfg))
     model, tokenizer = load_model(model_cfg)
     model.requires_grad_(False)
-    spec = cache_spec(codec, choice, model)
+    spec = cache_spec(codec, choice, model.config)
     tokens, held = texts(cfg, data, model, tokenizer)
     source = describe(cfg, model_cfg, data, model, spec, tokens, held)
     name = digest(source)[:8]
@@ -91,7 +93,18 @@ def train_less(
     return folder
 
 
-def cache_spec(codec: CodecSpec, choice: EvictionChoice, model: PreTrainedModel) -> CacheSpec:
+def predict(
+    cfg: LessTraining, model_cfg: ModelConfig, codec: CodecSpec, choice: EvictionChoice
+) -> list[str]:
+    """What a training would take, by arithmetic; nothing is loaded. Raises as `cache_spec`."""
+    config = load_config(model_cfg)
+    spec = cache_spec(codec, choice, config)
+    context = context_of(config)
+    length = cfg.length or min(context or LONGEST, LONGEST)
+    return estimate(model_facts(model_cfg.label, config), spec, cfg, length)
+
+
+def cache_spec(codec: CodecSpec, choice: EvictionChoice, config: PreTrainedConfig) -> CacheSpec:
     """The cache that is trained for.
 
     Raises:
@@ -100,9 +113,8 @@ def cache_spec(codec: CodecSpec, choice: EvictionChoice, model: PreTrainedModel)
     if isinstance(choice, KeepAll):
         remedy = "Choose eviction=h2o_pct5, say; less=h2o_pct5 brings its own."
         raise ValueError(explain("less", "eviction", "one that evicts", "keep_all", remedy))
-    context = context_of(model.config)
-    spec = CacheSpec(codec, resolve(choice, context))
-    shape = geometry(model.config)
+    spec = CacheSpec(codec, resolve(choice, context_of(config)))
+    shape = geometry(config)
     check_geometry(spec, shape)
     if not evicting_layers(spec, shape) or len(shape.owners) != len(shape.layers):
         expected = "layers that own their tokens and have no sliding window"

@@ -279,6 +279,22 @@ def test_bad_inputs_are_one_line(world: tuple[ModelConfig, TextfileData], tmp_pa
         LessTraining(rank=4)
 
 
+def test_a_dry_run_does_the_arithmetic(capsys: pytest.CaptureFixture[str]) -> None:
+    """A 7B model: below an hour, features below a thousandth of the weights, weights once."""
+    from transformers import LlamaConfig
+
+    from kvsmith.hf.shapes import model_facts
+    from kvsmith.pipeline.less.estimate import estimate
+
+    facts = model_facts("llama2-7b", LlamaConfig(max_position_embeddings=4096))
+    spec = CacheSpec(replace(CODEC, block_size=8), H2O(205))
+    said = estimate(facts, spec, LessTraining(samples=512), 4096)
+    minutes = int(next(x for x in said if "minutes" in x).split("about ")[1].split()[0])
+    assert 5 < minutes < 60
+    assert "0.03" in said[5]  # percent
+    assert "12.6 GiB of 16-bit weights" in said[6]
+
+
 def test_budgets_as_shares() -> None:
     assert resolve(LambdaChoice(budget=0.05), 1024) == Lambda(51)
     assert resolve(TOVAChoice(budget=512), None) == TOVA(512)
