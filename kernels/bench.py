@@ -1,12 +1,16 @@
 """Checks and measurements of the kernels.
 
     python -m kvsmith.kernels.bench [--quick] [--out FILE]
+    python -m kvsmith.kernels.bench --end-to-end | --fill [--out FILE]
     python -m kvsmith.kernels.bench --aot [--quick] [--out FILE]
 
-Without `--aot`, times encode_pack and column_scores on the GPU: an op whose result differs from its
+Without these, times encode_pack and column_scores on the GPU: an op whose result differs from its
 reference is not timed. Prints and writes, for each op and shape, the 20th, 50th and 80th percentile
 of the time, the bytes a second, and their share of a measured copy. `$OUT` is where the JSON goes
 without `--out`. `--quick` is one model at batch 1. Without a GPU: one line, and exit code 2.
+
+`--end-to-end` decodes after 128K tokens on the shape of Llama-3-8B with random weights, against
+DynamicCache; `--fill` stores as many tokens at 2 bits as fit, decodes one and records the peak.
 
 `--aot` compiles every kernel and configuration for every target, without a GPU, prints registers,
 spills and shared memory, and exits with 1 where a kernel spills or does not fit; `--quick` a
@@ -33,6 +37,8 @@ from kvsmith.kernels.bench_time import copy_bandwidth, environment
 
 MINUTES = {False: 8.0, True: 1.5}
 COPY_BYTES = 1 << 30
+FILLED = 0.95  # of the free memory; the rest is for one step
+NO_GPU = "kvsmith.kernels.bench: a GPU is needed; --aot runs without one\n"
 
 
 def run_aot(quick: bool, out: Path | None) -> int:
@@ -101,7 +107,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 def run_gpu(quick: bool, out: Path | None) -> int:
     """Time everything on the GPU; 2 without one, 1 where an op is wrong, else 0."""
     if not torch.cuda.is_available():
-        sys.stderr.write("kvsmith.kernels.bench: a GPU is needed; --aot runs without one\n")
+        sys.stderr.write(NO_GPU)
         return 2
     device = torch.device("cuda")
     end = time.monotonic() + 60 * MINUTES[quick]
@@ -116,16 +122,41 @@ def run_gpu(quick: bool, out: Path | None) -> int:
     return 1 if any("is not timed" in line for line in left_out) else 0
 
 
+def run_model(filling: bool, out: Path | None) -> int:
+    """Run the whole model on the GPU; 2 without one."""
+    if not torch.cuda.is_available():
+        sys.stderr.write(NO_GPU)
+        return 2
+    from kvsmith.kernels import bench_model
+
+    device = torch.device("cuda")
+    model = bench_model.random_model(bench_model.LLAMA_3_8B, device, torch.bfloat16)
+    if filling:
+        free = torch.cuda.mem_get_info()[0]
+        rows = [bench_model.fill(model, int(free * FILLED))]
+    else:
+        rows = bench_model.end_to_end(model, 128 << 10, 64)
+    sys.stdout.write("".join(json.dumps(row) + "\n" for row in rows))
+    if out is not None:
+        report = {"environment": environment(device), "rows": rows}
+        out.write_text(json.dumps(report, indent=1) + "\n")
+    return 0
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m kvsmith.kernels.bench")
     parser.add_argument("--aot", action="store_true", help="compile for all targets, no GPU needed")
+    parser.add_argument("--end-to-end", action="store_true", help="a whole model at 128K tokens")
+    parser.add_argument("--fill", action="store_true", help="as many tokens as fit at 2 bits")
     parser.add_argument("--quick", action="store_true", help="a part, in under two minutes")
     parser.add_argument("--out", type=Path, help="write the rows as JSON")
     options = parser.parse_args(arguments)
     out = options.out
     if out is None and "OUT" in os.environ:
-        out = Path(os.environ["OUT"]) / ("aot.json" if options.aot else "kernels.json")
+        out = Path(os.environ["OUT"]) / "bench.json"
+    if options.fill or options.end_to_end:
+        return run_model(options.fill, out)
     return run_aot(options.quick, out) if options.aot else run_gpu(options.quick, out)
 
 

@@ -100,8 +100,9 @@ def test_the_checks_see_a_wrong_result(op, monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
-def test_without_a_gpu_one_line_and_exit_code_2(capsys):
-    assert bench.main([]) == 2
+@pytest.mark.parametrize("arguments", [[], ["--quick"], ["--fill"], ["--end-to-end"]])
+def test_without_a_gpu_one_line_and_exit_code_2(arguments, capsys):
+    assert bench.main(arguments) == 2
     out, err = capsys.readouterr()
     assert out == "" and err == "kvsmith.kernels.bench: a GPU is needed; --aot runs without one\n"
     with pytest.raises(SystemExit):
