@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 
@@ -92,27 +94,26 @@ def online_range(
         N] int64, positions of the outliers as `_blocks` counts them, or None.
     """
     B, H, T, D = x.shape
-    tokens = x.transpose(1, 2).reshape(B, T, H * D)
     place, upper, lower = None, x, x
+    if fmt.axis == "token" and not fmt.group:
+        tokens = x.transpose(1, 2).reshape(B, T, H * D)
+        if not fmt.slots:
+            return tokens.amin(-1), tokens.amax(-1), None
+        low, high, index = split_extremes(tokens, fmt.slots)
+        return low, high, _places(index, fmt, D)
     if fmt.slots and fmt.axis == "channel":
         channels = x.unflatten(2, (-1, fmt.block)).transpose(3, 4)  # [B, H, T / block, D, block]
-        index = split_extremes(channels, fmt.channel_slots)[2]
-        head = torch.arange(H, device=x.device)[:, None, None, None]
-        channel = torch.arange(D, device=x.device)[:, None]
-        place = (head * fmt.block + index) * D + channel
+        low, high, index = split_extremes(channels, fmt.channel_slots, "mean")
+        head = torch.arange(0, H * fmt.block, fmt.block, device=x.device)[:, None, None, None]
+        place = (index + head).mul_(D).add_(torch.arange(D, device=x.device)[:, None])
         place = place.transpose(1, 2).flatten(2)
-    elif fmt.slots:
-        low, high, index = split_extremes(tokens, fmt.slots)
-        place = _places(index, fmt, D)
-        if not fmt.group:
+        if fmt.group == fmt.block:
             return low, high, place
-    elif not fmt.group:
-        return tokens.amin(-1), tokens.amax(-1), None
+    elif fmt.slots:
+        tokens = x.transpose(1, 2).reshape(B, T, H * D)
+        place = _places(split_extremes(tokens, fmt.slots)[2], fmt, D)
     if place is not None:
-        out = torch.zeros_like(x, dtype=torch.bool).unflatten(2, (-1, fmt.block)).transpose(1, 2)
-        shape, out = out.shape, out.flatten(2).scatter_(2, place, True)
-        out = out.view(shape).transpose(1, 2).reshape(x.shape)
-        upper, lower = x.masked_fill(out, _INF), x.masked_fill(out, -_INF)
+        upper, lower = (_filled(x, place, fmt, end) for end in (_INF, -_INF))
     dim, size = (2, T) if fmt.axis == "channel" else (3, D)
     sizes = (size // fmt.group, fmt.group)
     low, high = upper.unflatten(dim, sizes).amin(dim + 1), lower.unflatten(dim, sizes).amax(dim + 1)
@@ -120,35 +121,47 @@ def online_range(
     return low.masked_fill(empty, 0.0), high.masked_fill(empty, 0.0), place
 
 
+def _filled(x: torch.Tensor, place: torch.Tensor, fmt: Format, value: float) -> torch.Tensor:
+    """A copy of x [B, H, T, D] with one value at all positions that `place` counts."""
+    B, H, T, D = x.shape
+    blocks = _blocks(x, fmt).clone().scatter_(2, place, value)
+    return blocks.view(B, -1, H, fmt.block, D).transpose(1, 2).reshape(x.shape)
+
+
 def split_extremes(
-    tokens: torch.Tensor, slots: int
+    tokens: torch.Tensor, slots: int, about: Literal["median", "mean"] = "median"
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Part each token's extremes from the rest: half the slots at either end, an odd one where it
+    """Part each vector's extremes from the rest: half the slots at either end, an odd one where it
     lies farther out.
 
     Args:
         tokens: [..., W] float32.
         slots: outliers N, 1 <= N <= W / 2.
+        about: what an odd one is far from.
 
     Returns:
         (low, high, index): range of the remaining elements [...], and positions of the outliers
         [..., N] int64.
     """
-    half = slots // 2
-    high_index = tokens.topk(half, dim=-1).indices
-    # Masking what is taken keeps the two ends disjoint where values tie.
-    upper = tokens.scatter(-1, high_index, _INF)
-    low_index = upper.topk(half, dim=-1, largest=False).indices
-    lower = tokens.scatter(-1, high_index, -_INF).scatter(-1, low_index, -_INF)
-    upper = upper.scatter(-1, low_index, _INF)
-    index = torch.cat([low_index, high_index], dim=-1)
+    upper = lower = tokens
+    taken = []
+    if half := slots // 2:
+        high_index = tokens.topk(half, dim=-1).indices
+        # Masking what is taken keeps the two ends disjoint where values tie.
+        upper = tokens.scatter(-1, high_index, _INF)
+        low_index = upper.topk(half, dim=-1, largest=False).indices
+        lower = tokens.scatter(-1, high_index, -_INF).scatter_(-1, low_index, -_INF)
+        upper.scatter_(-1, low_index, _INF)
+        taken = [low_index, high_index]
     if slots % 2:
         high, low = lower.max(-1, keepdim=True), upper.min(-1, keepdim=True)
-        median = tokens.median(-1, keepdim=True).values
-        last = torch.where(high.values - median >= median - low.values, high.indices, low.indices)
-        index = torch.cat([index, last], dim=-1)
+        centre = tokens.mean(-1, keepdim=True)
+        if about == "median":
+            centre = tokens.median(-1, keepdim=True).values
+        last = torch.where(high.values - centre >= centre - low.values, high.indices, low.indices)
+        taken.append(last)
         lower, upper = lower.scatter(-1, last, -_INF), upper.scatter(-1, last, _INF)
-    return upper.amin(-1), lower.amax(-1), index
+    return upper.amin(-1), lower.amax(-1), torch.cat(taken, dim=-1)
 
 
 def store_range(

@@ -56,7 +56,7 @@ def test_equals_the_oracle(name, parts, bits):
         # An element this close to the middle between two levels may take either in float32.
         assert nearest > 2e-6
         if rank:
-            first = _start(D, rank, x.device).double().numpy()
+            first = _start(D, rank, x.device).double().numpy().T
             left = [oracle.power_iteration(e, first, 3) for e in block - want]
             want = want + np.stack(left)
         # float32 against float64, through three iterations of sums over 64 terms.
