@@ -111,7 +111,11 @@ def attend_store(
         parts[i] = part if held is None else held.merge(part)
 
     rows = [slice(i * step, min((i + 1) * step, T)) for i in range(len(parts))]
-    for segment in store.segments(before, chunk, rotate.pairs_halves, True):
+    # By linearity a low-rank term costs queries x rank; added to the keys, head dim x rank. Only
+    # keys that wait for RoPE need it added.
+    few = T * Hq // k.shape[1] <= k.shape[3]
+    apart = (few and store.spec.key_domain == "post", few)
+    for segment in store.segments(before, chunk, rotate.pairs_halves, True, apart):
         keys, queries = _rotated(q, segment, rotate)
         for i, r in enumerate(rows):
             seen = _visible(mask, r, segment, store, before)
@@ -122,6 +126,8 @@ def attend_store(
                 scale=scores.scale,
                 mask=seen,
                 softcap=scores.softcap,
+                k_low=segment.k_low,
+                v_low=segment.v_low,
             )
             if segment.v_order is not None:
                 part = Partial(_natural(part.out, segment.v_order), part.lse)

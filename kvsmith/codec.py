@@ -13,7 +13,12 @@ from kvsmith.kernels.decode.api import decode, decode_tiles
 from kvsmith.kernels.decode.tiles import order_tensors, tile_order
 from kvsmith.kernels.encode_pack.api import encode_pack
 from kvsmith.kernels.format import Factors, Format, OutlierRule, Tables
-from kvsmith.kernels.low_rank.api import add_low_rank, fit_low_rank, read_factors
+from kvsmith.kernels.low_rank.api import (
+    LowRankTerm,
+    add_low_rank,
+    fit_low_rank,
+    read_factors,
+)
 from kvsmith.layout import channel_slots, outlier_slots, parameter_tensors
 from kvsmith.spec import Identity, StaticThreshold, TensorCodec
 
@@ -93,7 +98,9 @@ class Codec:
         each, group = channel_slots(spec, block), q.group_size or 0
         self.format = Format(q.bits, q.axis, group, slots, outliers, store, block, each)
         low_rank = spec.low_rank
-        self.factors = low_rank and Factors(block, low_rank.iterations, low_rank.bits or 0, store)
+        self.factors: Factors | None = None
+        if low_rank is not None:
+            self.factors = Factors(block, low_rank.iterations, low_rank.bits or 0, store)
         lut = parameters.get("lut")
         if lut is None:
             lut = uniform_levels(q.bits) if q.kind == "uniform" else normal_levels(q.bits)
@@ -147,14 +154,29 @@ class Codec:
 
     def decode(self, tensors: Mapping[str, torch.Tensor], turned: bool = False) -> torch.Tensor:
         """Decode to [B, H, T, D]: the model's dtype for the identity, else float32; with `turned`
-        the rotation stays on.
+        the rotation stays on; without the low-rank part where its tensors are left out.
         """
         if self.is_identity:
             return tensors["dense"]
         x = decode(tensors, self.format, self.tables, self.dim)
-        if self.factors:
-            x = add_low_rank(x, *read_factors(tensors, self.factors, self.dim))
+        low = self.low_rank(tensors)
+        x = x if low is None else add_low_rank(x, *low)
         return x if turned or self.rotation is None else x @ self.rotation.mT
+
+    def low_rank(
+        self, tensors: Mapping[str, torch.Tensor], tiles: bool = False
+    ) -> LowRankTerm | None:
+        """Factors of the low-rank part, with `tiles` for channels in tile order; None without
+        one.
+        """
+        if "left" not in tensors:
+            return None
+        assert self.factors is not None
+        left, right = read_factors(tensors, self.factors, self.dim)
+        if tiles and (order := self.tile_order) is not None:
+            flat = right.reshape(-1, self.dim).index_select(1, order)
+            right = flat.view(right.shape)
+        return left, right
 
     @property
     def tile_order(self) -> torch.Tensor | None:
@@ -168,10 +190,8 @@ class Codec:
         faster.
         """
         x = decode_tiles(tensors, self.format, self.tables, self.dim)
-        if not self.factors:
-            return x
-        left, right = read_factors(tensors, self.factors, self.dim)
-        return add_low_rank(x, left, right[..., self.tile_order])
+        low = self.low_rank(tensors, tiles=True)
+        return x if low is None else add_low_rank(x, *low)
 
 
 def _outlier_rule(spec: TensorCodec) -> OutlierRule:

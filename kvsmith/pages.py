@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from kvsmith.codec import Codec, Tensors
+from kvsmith.kernels.low_rank.api import LowRankTerm
 from kvsmith.layout import PageLayout, Place
 
 # Dimension that counts blocks, of tensors that blocks share.
 _BLOCK_DIM = {"index": 1, "value": 1, "start": 1, "left": 2, "right": 2, "factor_scale": 2}
+_FACTORS = ("left", "right", "factor_scale")
 
 
 class Page:
@@ -58,16 +60,33 @@ def read(
     stop: int,
     tiles: bool = False,
     turned: bool = False,
+    apart: bool = False,
 ) -> torch.Tensor:
     """Decode tokens [start, stop), counted from the first page; both at block boundaries.
 
     Returns:
         [B, H, stop - start, D] in the dtype that the codec decodes to; with `tiles` in tile order,
-        with either in the codec's rotation.
+        with either in the codec's rotation; with `apart` without the low-rank part.
     """
-    whole = sides[0] if len(sides) == 1 else {n: _join(n, codec, sides) for n in sides[0]}
-    part = {n: _tokens(t, n, codec, start, stop) for n, t in whole.items()}
+    names = [n for n in sides[0] if not (apart and n in _FACTORS)]
+    part = _gather(names, sides, codec, start, stop)
     return codec.decode_tiles(part) if tiles else codec.decode(part, turned)
+
+
+def read_low_rank(
+    sides: Sequence[Tensors], codec: Codec, start: int, stop: int, tiles: bool
+) -> LowRankTerm | None:
+    """The low-rank part of the same tokens; None for a codec without one."""
+    names = [n for n in sides[0] if n in _FACTORS]
+    return codec.low_rank(_gather(names, sides, codec, start, stop), tiles)
+
+
+def _gather(
+    names: Sequence[str], sides: Sequence[Tensors], codec: Codec, start: int, stop: int
+) -> Tensors:
+    """Named tensors of the tokens [start, stop), counted from the first page."""
+    whole = sides[0] if len(sides) == 1 else {n: _join(n, codec, sides) for n in names}
+    return {n: _tokens(whole[n], n, codec, start, stop) for n in names}
 
 
 def _token_dim(name: str, codec: Codec) -> int:

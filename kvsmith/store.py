@@ -20,8 +20,9 @@ import torch
 from kvsmith.codec import Codec
 from kvsmith.errors import explain
 from kvsmith.geometry import LayerGeometry
+from kvsmith.kernels.low_rank.api import LowRankTerm
 from kvsmith.layout import page_layout
-from kvsmith.pages import Page, new_page, read, write
+from kvsmith.pages import Page, new_page, read, read_low_rank, write
 from kvsmith.sinks import Pair, empty_pair, sink_columns, write_sinks
 from kvsmith.spec import CodecSpec
 
@@ -38,6 +39,7 @@ class Segment:
         k_order, v_order: [D] int64, the channel at each place where they leave in tile order (see
             `decode_tiles`); None in natural order.
         k_turn, v_turn: [H or 1, D, D] rotation that is still on them; None for none.
+        k_low, v_low: low-rank terms that k and v lack, channels in the same order; None for none.
     """
 
     k: torch.Tensor
@@ -48,6 +50,8 @@ class Segment:
     v_order: torch.Tensor | None = None
     k_turn: torch.Tensor | None = None
     v_turn: torch.Tensor | None = None
+    k_low: LowRankTerm | None = None
+    v_low: LowRankTerm | None = None
 
 
 class LayerStore:
@@ -180,7 +184,12 @@ class LayerStore:
     # -- reading ----------------------------------------------------------------------------------
 
     def segments(
-        self, stop: int, chunk: int, k_tiles: bool = False, v_tiles: bool = False
+        self,
+        stop: int,
+        chunk: int,
+        k_tiles: bool = False,
+        v_tiles: bool = False,
+        apart: tuple[bool, bool] = (False, False),
     ) -> Iterator[Segment]:
         """Yield the tokens of columns [0, stop) as dense segments.
 
@@ -188,6 +197,8 @@ class LayerStore:
             stop: columns to read.
             chunk: encoded tokens to decode at once, rounded to whole pages.
             k_tiles, v_tiles: whether decoded keys, values may leave in tile order and rotated.
+            apart: whether the low-rank terms of keys and of values leave as factors, where they
+                are in no rotation that the keys or values are not in.
         """
         S = self.spec.sinks
         if self.sinks is not None and stop > 0 and S:
@@ -205,7 +216,8 @@ class LayerStore:
             # Pages whose low ranks differ are not decoded together.
             limit = self.prompt_pages if first < self.prompt_pages else last
             stop_page = min(first + run, limit, last)
-            yield self._decode(first, min(body, stop_page * self.page_size), (k_tiles, v_tiles))
+            stop_token = min(body, stop_page * self.page_size)
+            yield self._decode(first, stop_token, (k_tiles, v_tiles), apart)
             first = stop_page
         if stop > self.body_end and self.recent is not None:
             k, v = self.recent
@@ -213,20 +225,25 @@ class LayerStore:
                 k[:, :, : stop - self.body_end], v[:, :, : stop - self.body_end], self.body_end
             )
 
-    def _decode(self, first: int, stop: int, tiles: tuple[bool, bool]) -> Segment:
+    def _decode(
+        self, first: int, stop: int, tiles: tuple[bool, bool], apart: tuple[bool, bool]
+    ) -> Segment:
         """Decode the pages from `first` on, up to body token `stop`."""
         tokens = stop - first * self.page_size
         blocks = -(-tokens // self.spec.block_size) * self.spec.block_size
         pages = self.pages[first - self.freed : -(-stop // self.page_size) - self.freed]
-        dense, orders, turns = [], [], []
+        dense, orders, turns, lows = [], [], [], []
         for side, (codec, wanted) in enumerate(zip(self.codecs, tiles, strict=True)):
             order = codec.tile_order if wanted else None
-            sides = [p.sides[side] for p in pages]
-            dense.append(read(sides, codec, 0, blocks, order is not None, wanted)[:, :, :tokens])
+            sides, tiled = [p.sides[side] for p in pages], order is not None
+            alone = apart[side] and (wanted or codec.rotation is None)
+            x = read(sides, codec, 0, blocks, tiled, wanted, alone)
+            dense.append(x[:, :, :tokens])
             orders.append(order)
             turns.append(codec.rotation if wanted else None)
+            lows.append(read_low_rank(sides, codec, 0, blocks, tiled) if alone else None)
         start = self.spec.sinks + first * self.page_size
-        return Segment(dense[0], dense[1], start, None, *orders, *turns)
+        return Segment(dense[0], dense[1], start, None, *orders, *turns, lows[0], lows[1])
 
     # -- rearranging ------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ import torch
 
 from kvsmith.errors import explain
 from kvsmith.kernels.attend import reference
+from kvsmith.kernels.low_rank.api import LowRankTerm
 from kvsmith.kernels.partial import Partial
 
 
@@ -17,6 +18,8 @@ def attend(
     scale: float,
     mask: torch.Tensor | None = None,
     softcap: float | None = None,
+    k_low: LowRankTerm | None = None,
+    v_low: LowRankTerm | None = None,
 ) -> Partial:
     """Attend to a set of tokens.
 
@@ -27,6 +30,8 @@ def attend(
         scale: factor on the logits.
         mask: [B or 1, H * G or 1, T or 1, C] bool, true where a query sees a token; None for all.
         softcap: logits become softcap * tanh(logits / softcap); None for none.
+        k_low, v_low: factors (left, right) of a term that k and v lack, see `low_rank`; None for
+            none.
 
     Returns:
         Partial with out [B, H * G, T, Dv] and lse [B, H * G, T], float32.
@@ -39,4 +44,4 @@ def attend(
         raise ValueError(
             explain("attend", "shapes", "q [B, H*G, T, D], k [B, H, C, D], v [B, H, C, Dv]", shapes)
         )
-    return reference.attend(q, k, v, scale, mask, softcap)
+    return reference.attend(q, k, v, scale, mask, softcap, k_low, v_low)

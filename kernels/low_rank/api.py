@@ -11,6 +11,8 @@ drawn; factors may be quantized, B then being fitted to the quantized A.
 Factors lie component by component, `left` [B, H, T / block, R, block] and `right` [B, H, T / block,
 R, D]. Quantized ones have 2^bits levels symmetric around zero, `(2 code + 1) / 2^bits - 1`, and one
 scale for both, `factor_scale` [B, H, T / block, R].
+
+Attention uses them by linearity: q (A B^T)^T = (q B) A^T and p (A B^T) = (p A) B^T, block by block.
 """
 
 from __future__ import annotations
@@ -22,6 +24,8 @@ import torch
 from kvsmith.errors import explain
 from kvsmith.kernels.format import Factors
 from kvsmith.kernels.low_rank import reference
+
+LowRankTerm = tuple[torch.Tensor, torch.Tensor]  # (left, right) as `read_factors` returns them
 
 
 def fit_low_rank(error: torch.Tensor, fmt: Factors, rank: int) -> dict[str, torch.Tensor]:
@@ -80,3 +84,29 @@ def add_low_rank(x: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> to
         x.
     """
     return reference.add_low_rank(x, left, right)
+
+
+def low_rank_logits(q: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """What the low-rank term of keys adds to logits.
+
+    Args:
+        q: [B, H, M, D] float32, scaled queries.
+        left, right: as `read_factors` returns them, channels in the order of q.
+
+    Returns:
+        [B, H, M, T] float32.
+    """
+    return reference.low_rank_logits(q, left, right)
+
+
+def low_rank_values(p: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """What the low-rank term of values adds to outputs.
+
+    Args:
+        p: [B, H, M, C] float32, weights of the first C <= T tokens.
+        left, right: as `read_factors` returns them.
+
+    Returns:
+        [B, H, M, D] float32.
+    """
+    return reference.low_rank_values(p, left, right)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 
 from kvsmith.kernels.format import Factors
 from kvsmith.kernels.pack.api import pack, unpack
@@ -33,9 +34,7 @@ def fit_low_rank(error: torch.Tensor, fmt: Factors, rank: int) -> dict[str, torc
     }
 
 
-def _iterate(
-    blocks: torch.Tensor, rank: int, iterations: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _iterate(blocks: torch.Tensor, rank: int, iterations: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Orthonormal left and least-squares right factors, [..., R, block] and [..., R, D]."""
     start = _start(blocks.shape[-1], rank, blocks.device)
     right = start.expand(*blocks.shape[:-2], *start.shape)
@@ -68,7 +67,7 @@ def _quantize(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _values(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Levels of codes, in (-1, 1) and symmetric."""
-    return (codes.float() + 0.5) * 2.0 ** (1 - bits) - 1
+    return codes.float().mul_(2.0 ** (1 - bits)).add_(2.0**-bits - 1)
 
 
 def read_factors(
@@ -79,7 +78,7 @@ def read_factors(
         return tensors["left"].float(), tensors["right"].float()
     left = _values(unpack(tensors["left"], fmt.bits, fmt.block), fmt.bits)
     right = _values(unpack(tensors["right"], fmt.bits, dim), fmt.bits)
-    return left, right * tensors["factor_scale"].float().unsqueeze(-1)
+    return left, right.mul_(tensors["factor_scale"].float().unsqueeze(-1))
 
 
 def add_low_rank(x: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -88,3 +87,18 @@ def add_low_rank(x: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> to
     blocks = x.view(-1, block, x.shape[-1])
     blocks.baddbmm_(left.reshape(-1, R, block).mT, right.reshape(-1, R, x.shape[-1]))
     return x
+
+
+def low_rank_logits(q: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """See `api.low_rank_logits`."""
+    n, R = left.shape[2:4]
+    inner = (q @ right.flatten(2, 3).mT).unflatten(3, (n, R)).transpose(2, 3)  # [B, H, n, M, R]
+    return (inner @ left).transpose(2, 3).flatten(3)
+
+
+def low_rank_values(p: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """See `api.low_rank_values`."""
+    n, _, block = left.shape[2:]
+    p = F.pad(p, (0, n * block - p.shape[3])).unflatten(3, (n, block)).transpose(2, 3)
+    inner = (p @ left.mT).transpose(2, 3).flatten(3)  # [B, H, M, n * R]
+    return inner @ right.flatten(2, 3)

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from kvsmith.codec import Codec
+from kvsmith.kernels.attend.api import attend
 from kvsmith.kernels.format import Factors
 from kvsmith.kernels.low_rank.api import add_low_rank, fit_low_rank, read_factors
 from kvsmith.kernels.low_rank.reference import _start
@@ -183,3 +184,26 @@ def test_ranks_and_lengths_that_do_not_fit_are_refused():
         fit_low_rank(sample(), fmt, 33)
     with pytest.raises(ValueError, match="tokens must be a multiple of block = 64, got 100"):
         fit_low_rank(sample(tokens=100), fmt, 2)
+
+
+@pytest.mark.parametrize("tokens", [T, 100])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_factors_attend_as_their_product_would(tokens, softcap):
+    """Apart, by linearity, and added to keys and values: the same but for rounding."""
+    generator = torch.Generator().manual_seed(1)
+    k, v = torch.randn(2, 3, H, T, D, generator=generator).unbind(0)
+    q = torch.randn(3, 4 * H, 5, D, generator=generator)
+    mask = torch.rand(3, 1, 5, tokens, generator=generator) > 0.3
+    fmt = Factors(BLOCK, 3, 0, torch.float32)
+    lows = [read_factors(fit_low_rank(x, fmt, 3), fmt, D) for x in (k, v)]
+    dense = [
+        add_low_rank(x.clone(), *low)[:, :, :tokens] for x, low in zip((k, v), lows, strict=True)
+    ]
+    how = {"scale": 0.3, "mask": mask, "softcap": softcap}
+    want = attend(q, *dense, **how)
+    short = (k[:, :, :tokens], v[:, :, :tokens])
+    got = attend(q, *short, **how, k_low=lows[0], v_low=lows[1])
+    # float32 sums of 32 and of 128 terms of unit size, in another order.
+    torch.testing.assert_close(got.out, want.out, rtol=1e-4, atol=2e-5)
+    torch.testing.assert_close(got.lse, want.lse, rtol=1e-5, atol=1e-4)
+    assert float((attend(q, *short, **how).out - want.out).abs().max()) > 0.1

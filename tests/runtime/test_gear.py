@@ -3,11 +3,13 @@
 import pytest
 import torch
 
+from kvsmith.attention import Scores, attend_store
 from kvsmith.bundle import Bundle, base_model, load
 from kvsmith.codec import Codec
 from kvsmith.eviction.policy import H2O, KeepAll
 from kvsmith.geometry import LayerGeometry, ModelGeometry
 from kvsmith.hf import geometry, make_cache
+from kvsmith.kernels.low_rank.api import add_low_rank
 from kvsmith.layout import DTYPES, parameter_tensors
 from kvsmith.pipeline.codecs import codec_names, load_codec
 from kvsmith.sizes import cache_bytes
@@ -97,6 +99,64 @@ def test_crop_then_append(name, keep):
     got = read(store)
     assert got[0].shape[2] == keep + 70 and bool(got[0].isfinite().all())
     assert torch.equal(got[1][:, :, -5:], more[1][:, :, -5:])
+
+
+@pytest.mark.parametrize("name", GEARS)
+@pytest.mark.parametrize("stop", [30, 77, 125])
+def test_terms_apart_are_what_is_missing(name, stop):
+    store, _ = make(name)
+    k, v = tokens(130)
+    store.append(k[:, :, :70], v[:, :, :70])
+    store.append(k[:, :, 70:], v[:, :, 70:])
+    for tiles in (False, True):
+        whole = store.segments(stop, 64, tiles, tiles)
+        apart = store.segments(stop, 64, tiles, tiles, (True, True))
+        for a, b in zip(whole, apart, strict=True):
+            for side in "kv":
+                want, x = getattr(a, side), getattr(b, side)
+                low, count = getattr(b, f"{side}_low"), x.shape[2]
+                if low is None:
+                    assert torch.equal(want, x)
+                    continue
+                room = torch.zeros(*x.shape[:2], low[0].shape[2] * 16, x.shape[3])
+                got = x + add_low_rank(room, *low)[:, :, :count]
+                torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+                assert not torch.equal(want, x)
+
+
+class Everything:
+    """A mask that hides nothing, and a rotation that turns nothing."""
+
+    padding = None
+    is_causal = False
+    pairs_halves = True
+
+    def window(self, rows, columns):
+        return None
+
+    def tiles(self, k, start, order):
+        return k
+
+    def __call__(self, k, start, columns):
+        return k
+
+
+@pytest.mark.parametrize("name", GEARS)
+def test_few_queries_and_many_see_the_same(name):
+    """Terms of few queries leave apart, those of many are added to keys and values."""
+    store, _ = make(name)
+    k, v = tokens(130)
+    v = v[..., :16]
+    codecs = (store.codecs[0], Codec(GEARS[name][1], 2, 16, torch.float16, {}, "v", 16))
+    store = LayerStore(store.spec, LayerGeometry(2, 4, 16, 16), 32, *codecs)
+    store.append(k, v)
+    q, free = torch.randn(2, 4, 1, 16), Everything()
+    one, many = (
+        attend_store(q.expand(-1, -1, n, -1), k[:, :, :1], v[:, :, :1], store, 130, free, free, s)
+        for n, s in ((1, Scores(0.25)), (20, Scores(0.25)))
+    )
+    # float32 sums of 131 terms of unit size, in another order.
+    torch.testing.assert_close(many, one.expand(-1, 20, -1, -1), rtol=1e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize("name", GEARS)
