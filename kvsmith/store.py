@@ -243,7 +243,8 @@ class LayerStore:
             turns.append(codec.rotation if wanted else None)
             lows.append(read_low_rank(sides, codec, 0, blocks, tiled) if alone else None)
         start = self.spec.sinks + first * self.page_size
-        return Segment(dense[0], dense[1], start, None, *orders, *turns, lows[0], lows[1])
+        ways = (orders[0], orders[1], turns[0], turns[1], lows[0], lows[1])
+        return Segment(dense[0], dense[1], start, None, *ways)
 
     # -- rearranging ------------------------------------------------------------------------------
 
