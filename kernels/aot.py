@@ -59,6 +59,7 @@ class Variant:
             says that the pointer or number is a multiple of 16.
         constexprs: value of every constant argument.
         num_warps, num_stages: options of the launch.
+        backend: the only one that it is launched on; "" for all.
     """
 
     op: str
@@ -68,6 +69,11 @@ class Variant:
     constexprs: Mapping[str, Any] = field(default_factory=dict)
     num_warps: int = 4
     num_stages: int = 2
+    backend: str = ""
+
+    def runs_on(self, target: Target) -> bool:
+        """Whether it is launched on devices of this kind."""
+        return self.backend in ("", target.backend)
 
 
 @dataclass(frozen=True)
@@ -107,16 +113,18 @@ def all_variants() -> list[Variant]:
 
 
 def cover(variants: Sequence[Variant]) -> list[tuple[Variant, Target]]:
-    """A quarter of all pairs: each variant for one target, each kernel's first for every one."""
+    """A few pairs: each kernel's first variant for every target, one in five of the others for one
+    target, in turn.
+    """
     firsts: dict[Any, Variant] = {}
-    for variant in variants:
-        firsts.setdefault(variant.kernel, variant)
-    return [
-        (variant, target)
-        for i, variant in enumerate(variants)
-        for j, target in enumerate(TARGETS)
-        if i % len(TARGETS) == j or firsts[variant.kernel] is variant
-    ]
+    pairs = []
+    for i, variant in enumerate(variants):
+        targets = [t for t in TARGETS if variant.runs_on(t)]
+        if firsts.setdefault((variant.kernel, variant.backend), variant) is variant:
+            pairs += [(variant, target) for target in targets]
+        elif i % 5 == 0:
+            pairs.append((variant, targets[i // 5 % len(targets)]))
+    return pairs
 
 
 def compile_all(pairs: Sequence[tuple[Variant, Target]]) -> Iterator[Resources]:

@@ -75,17 +75,19 @@ class Tables:
         edges: [C - 1] float32, normalised boundaries between codes.
         scale: [H, D] float32, calibrated half width of each channel; None for online ranges.
         zero: [H, D] float32, calibrated centre of each channel; None for online ranges.
+        uniform: whether lut is equally spaced from -1 to 1.
     """
 
     lut: torch.Tensor
     edges: torch.Tensor
     scale: torch.Tensor | None = None
     zero: torch.Tensor | None = None
+    uniform: bool = False
 
     def to(self, device: torch.device) -> Tables:
         """The same tables on another device."""
-        move = [None if t is None else t.to(device) for t in (self.scale, self.zero)]
-        return Tables(self.lut.to(device), self.edges.to(device), *move)
+        scale, zero = (None if t is None else t.to(device) for t in (self.scale, self.zero))
+        return Tables(self.lut.to(device), self.edges.to(device), scale, zero, self.uniform)
 
     @property
     def nbytes(self) -> int:

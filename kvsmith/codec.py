@@ -105,7 +105,13 @@ class Codec:
         if lut is None:
             lut = uniform_levels(q.bits) if q.kind == "uniform" else normal_levels(q.bits)
         edges = parameters.get("edges", midpoints(lut))
-        self.tables = Tables(lut, edges, parameters.get("scale"), parameters.get("zero"))
+        self.tables = Tables(
+            lut,
+            edges,
+            parameters.get("scale"),
+            parameters.get("zero"),
+            q.kind == "uniform",
+        )
 
     @property
     def is_identity(self) -> bool:

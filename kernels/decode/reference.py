@@ -41,11 +41,12 @@ def outlier_places(
     tensors: Mapping[str, torch.Tensor], shape: torch.Size, block: int
 ) -> torch.Tensor:
     """Positions of the corrections among the H * T * D elements of a row, [B, N * T] int64."""
-    B, _, T, D = shape
+    B, H, T, D = shape
     place, start = unsigned(tensors["index"]), unsigned(tensors["start"])
     # A correction belongs to the head whose start lies at or before it: count the starts passed.
     head = place.new_zeros((*place.shape[:2], place.shape[2] + 1))
     head.scatter_add_(2, start[..., 1:], torch.ones_like(start[..., 1:]))
-    place += head[..., :-1].cumsum(-1).mul_(T * D)
+    # Blocks that are not written yet hold zeros.
+    place += head[..., :-1].cumsum(-1).clamp_(max=H - 1).mul_(T * D)
     place += torch.arange(place.shape[1], device=place.device)[:, None] * (block * D)
     return place.view(B, -1)

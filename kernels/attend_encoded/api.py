@@ -1,0 +1,205 @@
+"""attend_encoded: queries of the newest tokens over a layer as it is stored -> Partial.
+
+The layer is an encoded body in pages and dense windows around it (see `kvsmith/store.py`):
+
+    columns first[b] .. first[b] + S - 1     sinks, each row's own first tokens
+    columns S .. stop - 1                    body, hidden where a padded row's sinks lie
+    columns recent.start .. query            dense, the newest tokens included
+
+first[b] is the left padding of row b. Keys lie before RoPE, or after it (`rope` None).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from kvsmith.errors import explain
+from kvsmith.kernels.attend_encoded import reference
+from kvsmith.kernels.format import Format, Tables
+from kvsmith.kernels.partial import Partial
+
+Impl = Literal["triton", "reference"]
+
+
+@dataclass(frozen=True)
+class Side:
+    """Encoded keys, or values.
+
+    Attributes:
+        format: the layout.
+        tables: codebook and calibrated ranges.
+        dim: channels of a head D.
+    """
+
+    format: Format
+    tables: Tables
+    dim: int
+
+
+@dataclass(frozen=True)
+class Body:
+    """Encoded tokens of one layer.
+
+    Attributes:
+        pages: the pages that are still held, in order; of each the tensors of keys and of values
+            [B, ...] as `encode_pack` names them, views of one buffer.
+        table: [>= pages] int64 addresses of the buffers, on the device; None makes one.
+        heads: KV heads H.
+        page_size: tokens of a page.
+        begin, stop: body tokens that are held and readable; begin is a multiple of page_size.
+        k, v: how keys and values are stored.
+    """
+
+    pages: Sequence[tuple[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]]]
+    table: torch.Tensor | None
+    heads: int
+    page_size: int
+    begin: int
+    stop: int
+    k: Side
+    v: Side
+
+
+@dataclass(frozen=True)
+class Window:
+    """Dense tokens.
+
+    Attributes:
+        k: [B, H, C, D] keys, [C, D] contiguous.
+        v: [B, H, C, Dv] values.
+        positions: [B or 1, C] int64 position ids, None without RoPE.
+        start: column of the first token (not of sinks).
+        count: tokens in use.
+    """
+
+    k: torch.Tensor
+    v: torch.Tensor
+    positions: torch.Tensor | None
+    start: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Half-split RoPE over all channels of a key head.
+
+    Attributes:
+        turns: [D / 2] float64, revolutions a position: inverse frequency / 2 pi.
+        scale: factor on rotated keys (YaRN).
+        shift: [B] int64, position id minus column, the same for all body tokens of a row.
+    """
+
+    turns: torch.Tensor
+    scale: float
+    shift: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Logits:
+    """How logits are formed and which are seen.
+
+    Attributes:
+        scale: factor on q k^T.
+        softcap: see `attend`.
+        window: columns that a query sees back, itself included; None for all.
+        slopes: [Hq] float32, ALiBi: a logit loses slope * (query column - column).
+    """
+
+    scale: float
+    softcap: float | None = None
+    window: int | None = None
+    slopes: torch.Tensor | None = None
+
+
+def attend_encoded(
+    q: torch.Tensor,
+    body: Body,
+    sinks: Window,
+    recent: Window,
+    query: int,
+    logits: Logits,
+    *,
+    rope: Rope | None = None,
+    first: torch.Tensor | None = None,
+    counts: torch.Tensor | None = None,
+    impl: Impl | None = None,
+) -> Partial:
+    """Attend to everything that a layer stores.
+
+    Args:
+        q: [B, H * G, T, D] float, rotated queries at columns query, query + 1, ...
+        body: encoded tokens.
+        sinks: dense first tokens of each row, all S of them allocated.
+        recent: dense newest tokens; they include the queries' own.
+        query: column of the first query; a query sees columns up to its own.
+        logits: scale and its like.
+        rope: how keys are rotated; None where they are stored rotated or the model has none.
+        first: [B] int64, left padding; None for none.
+        counts: [5] int64 on the device: body.stop, body.begin, query, recent.start, recent.count,
+            which the kernel then reads in their place, so that a CUDA graph can be replayed as
+            these grow within the pages of the table; None for the numbers given.
+        impl: "triton", "reference", None chooses by device.
+
+    Returns:
+        Partial with out [B, H * G, T, Dv] and lse [B, H * G, T], float32.
+
+    Raises:
+        ValueError: the shapes do not fit, or `impl="triton"` cannot do it (`unsupported` says why).
+    """
+    H = body.heads
+    if q.shape[1] % H or q.shape[-1] != body.k.dim or sinks.k.shape[1] != H:
+        shapes = f"q {tuple(q.shape)}, {H} KV heads of {body.k.dim}"
+        raise ValueError(explain("attend_encoded", "shapes", "q [B, H * G, T, D]", shapes))
+    if impl is None:
+        impl = "reference" if q.device.type == "cpu" or unsupported(body, q.shape) else "triton"
+    if impl == "reference":
+        return reference.attend_encoded(q, body, sinks, recent, query, logits, rope, first)
+    if why := unsupported(body, q.shape):
+        raise ValueError(explain("attend_encoded", "impl", "one that supports this layer", why))
+    from kvsmith.kernels.attend_encoded import launch
+
+    return launch.attend_encoded(q, body, sinks, recent, query, logits, rope, first, counts)
+
+
+def unsupported(body: Body, shape: Sequence[int]) -> str | None:
+    """Why the kernel cannot read a layer, for queries of this shape; None where it can."""
+    if shape[1] // body.heads * shape[2] > 64:
+        return f"{shape[2]} queries at once"
+    for side in (body.k, body.v):
+        fmt, half = side.format, side.dim // 2
+        if side.dim % 2 or not 8 <= side.dim <= 256:
+            return f"head dim {side.dim}"
+        if fmt.axis == "token" and fmt.group and half % fmt.group and fmt.group != side.dim:
+            return f"groups of {fmt.group} channels that straddle the halves of {side.dim}"
+    if tile_tokens(body) is None:
+        return f"blocks or groups of tokens that do not fit pages of {body.page_size}"
+    return None
+
+
+def tile_tokens(body: Body, backend: str = "cuda") -> int | None:
+    """Tokens that the kernel reads at once: a power of two that pages, blocks and groups allow, the
+    largest that needs no more registers than there are.
+
+    Args:
+        body: the layer.
+        backend: "cuda" or "hip".
+    """
+    dim, bits = max(body.k.dim, body.v.dim), max(body.k.format.bits, body.v.format.bits)
+    if backend == "hip" or dim > 128:
+        most = 16
+    else:
+        most = 32 if bits == 3 or dim & (dim - 1) else 64
+    order = [t for t in (64, 32, 16) if t <= most] + [t for t in (16, 32, 64, 128) if t > most]
+    for tokens in order:
+        fits = body.page_size % tokens == 0
+        for fmt in (body.k.format, body.v.format):
+            # Corrections are found by block, a channel's range by group.
+            fits &= not fmt.slots or tokens % fmt.block == 0
+            fits &= fmt.axis == "token" or not fmt.group or fmt.group % tokens == 0
+        if fits:
+            return tokens
+    return None

@@ -1,0 +1,178 @@
+"""Arguments and grid of the kernel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from kvsmith.kernels.attend_encoded.api import Body, Logits, Rope, Side, Window, tile_tokens
+from kvsmith.kernels.partial import Partial
+
+# Corrections of a block that are read at once; the mean is 20 at 1 % and blocks of 16 x 128.
+CORRECTIONS = 32
+# Programs that share a row and head at most, and tiles that are worth a program.
+MAX_SPLITS, TILES_EACH = 128, 8
+
+
+def attend_encoded(
+    q: torch.Tensor,
+    body: Body,
+    sinks: Window,
+    recent: Window,
+    query: int,
+    logits: Logits,
+    rope: Rope | None,
+    first: torch.Tensor | None,
+    counts: torch.Tensor | None,
+) -> Partial:
+    """See `api.attend_encoded`."""
+    from kvsmith.kernels.attend.triton import merge_kernel
+    from kvsmith.kernels.attend_encoded import triton as kernels
+
+    B, Hq, T_NEW, _ = q.shape
+    H, DV = body.heads, body.v.dim
+    R, device = Hq // H * T_NEW, q.device
+    tokens = tile_tokens(body, backend())
+    assert tokens is not None
+    splits = count_splits(body.stop - body.begin, tokens, B * H, device)
+    zeros = torch.zeros(max(B, Hq), dtype=torch.float32, device=device)
+    none = torch.zeros(B, dtype=torch.int64, device=device)
+    start = none if first is None else first
+    if counts is None:
+        numbers = [body.stop, body.begin, query, recent.start, recent.count]
+        counts = torch.tensor(numbers, dtype=torch.int64, device=device)
+    parts = torch.empty((B * H, splits + 1, R, DV), dtype=torch.float32, device=device)
+    logs = torch.empty((B * H, splits + 1, R), dtype=torch.float32, device=device)
+    turns = rope.turns if rope is not None else none.double()
+    tensors = (*_tables(body.k), *_tables(body.v))
+    at = [none if w.positions is None else w.positions for w in (sinks, recent)]
+    kernels.attend_kernel[(B, H, splits + 1)](
+        q.contiguous(),
+        parts,
+        logs,
+        page_table(body, device),
+        counts,
+        start,
+        none if rope is None else rope.shift,
+        turns,
+        zeros if logits.slopes is None else logits.slopes,
+        *tensors,
+        sinks.k,
+        sinks.v,
+        at[0],
+        recent.k,
+        recent.v,
+        at[1],
+        logits.scale,
+        1.0 if rope is None else rope.scale,
+        logits.softcap or 0.0,
+        logits.window if logits.window is not None else 1 << 62,
+        body.pages[0][0]["codes"].stride(0) if body.pages else 0,
+        int(at[0].dim() == 2 and at[0].shape[0] > 1),
+        splits,
+        **constants(body, R, T_NEW, (sinks.k.shape[2], recent.k.shape[2]), rope, logits, backend()),
+        WIDE=kernels.interpreting() and q.dtype == torch.bfloat16,
+        **options(body, backend()),
+    )
+    out = torch.empty((B, Hq, T_NEW, DV), dtype=torch.float32, device=device)
+    lse = torch.empty((B, Hq, T_NEW), dtype=torch.float32, device=device)
+    merge_kernel[(B * H, R)](parts, logs, out, lse, splits + 1, R=R, DV=DV, WIDTH=power(DV))
+    return Partial(out, lse)
+
+
+def count_splits(tokens: int, tile: int, rows: int, device: torch.device) -> int:
+    """Programs among which the tokens of a row and head are shared."""
+    processors = 132
+    if device.type == "cuda":
+        processors = torch.cuda.get_device_properties(device).multi_processor_count
+    tiles = -(-tokens // tile)
+    # A program takes most of a processor's registers: two rounds even out their times.
+    wanted = -(-2 * processors // rows)
+    return max(1, min(wanted, -(-tiles // TILES_EACH), MAX_SPLITS))
+
+
+def page_table(body: Body, device: torch.device) -> torch.Tensor:
+    """Addresses of the pages, [pages] int64 (one that is never read where there is none)."""
+    if body.table is not None:
+        return body.table
+    found = [page[0]["codes"].data_ptr() for page in body.pages]
+    return torch.tensor(found or [0], dtype=torch.int64, device=device)
+
+
+def _tables(side: Side) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codebook and calibrated ranges; the codebook stands in for ranges that there are not."""
+    t = side.tables
+    lut = t.lut
+    return lut, lut if t.scale is None else t.scale, lut if t.zero is None else t.zero
+
+
+def constants(
+    body: Body,
+    R: int,
+    T_NEW: int,
+    room: tuple[int, int],
+    rope: Rope | None,
+    logits: Logits,
+    backend: str,
+) -> dict[str, Any]:
+    """Everything that the kernel is compiled for; `room` is that of the two windows."""
+    from kvsmith.kernels.attend_encoded.triton import STORE
+
+    fmt, D, DV = body.k.format, body.k.dim, body.v.dim
+    out: dict[str, Any] = {
+        "H": body.heads,
+        "R": R,
+        "T_NEW": T_NEW,
+        "M": max(16, power(R)),
+        "T": tile_tokens(body, backend),
+        "D": D,
+        "HALF": max(16, power(D // 2)),
+        "DV": DV,
+        "HALF_V": max(16, power(DV // 2)),
+        "PAGE": body.page_size,
+        "BLOCK": fmt.block,
+        "EC": CORRECTIONS,
+        "SINKS": room[0],
+        "ROOM": room[1],
+        "PRECISION": "ieee" if backend == "hip" else "tf32",
+        "ROPE": rope is not None,
+        "HAS_CAP": logits.softcap is not None,
+        "STORE": STORE[str(fmt.store)],
+    }
+    base = body.pages[0][0]["codes"].data_ptr() if body.pages else 0
+    for i, (name, side) in enumerate((("K", body.k), ("V", body.v))):
+        f = side.format
+        kind = "calibrated" if side.tables.scale is not None else str(f.axis)
+        kind = "group" if kind == "token" and f.group else kind
+        out |= {
+            f"{name}_BITS": f.bits,
+            f"{name}_UNIFORM": side.tables.uniform,
+            f"{name}_KIND": kind,
+            f"{name}_GROUP": f.group,
+            f"{name}_SLOTS": f.slots,
+        }
+        tensors = body.pages[0][i] if body.pages else {}
+        for part in ("codes", "scale", "zero", "index", "value", "start"):
+            place = tensors[part].data_ptr() - base if part in tensors else 0
+            out[f"{name}_{part.upper()}"] = place
+    return out
+
+
+def backend() -> str:
+    """Which compiler the launches of this process use."""
+    return "hip" if torch.version.hip else "cuda"
+
+
+def options(body: Body, backend: str) -> dict[str, int]:
+    """Warps and stages of a launch; not tuned on a GPU yet.
+
+    Chosen so that nothing spills when compiled ahead of time.
+    """
+    wide = max(body.k.dim, body.v.dim) > 64
+    return {"num_warps": 8 if backend == "cuda" and wide else 4, "num_stages": 2}
+
+
+def power(n: int) -> int:
+    """The power of two that is at least n."""
+    return 1 << max(n - 1, 0).bit_length()
