@@ -55,6 +55,18 @@ def codec_name(codec: CodecSpec) -> str:
     return f"custom-{digest(codec)[:8]}"
 
 
+def codec_word(codec: CodecSpec) -> str:
+    """As `codec_name`, where windows and block size may differ from the file's."""
+
+    def stored(c: CodecSpec) -> tuple[object, ...]:
+        return (c.k, c.v, c.key_domain, c.store_dtype, c.layers)
+
+    for name, known in _known().items():
+        if stored(known) == stored(codec):
+            return name
+    return codec_name(codec)
+
+
 @cache
 def _known() -> dict[str, CodecSpec]:
     """Every codec of `conf/codec/`; composing them takes most of a second."""

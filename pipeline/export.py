@@ -27,7 +27,7 @@ from kvsmith.pipeline.calibration import (
     read_record,
     weights_hash,
 )
-from kvsmith.pipeline.codecs import codec_name
+from kvsmith.pipeline.codecs import codec_name, codec_word
 from kvsmith.pipeline.config import DebugConfig, config_hash, input_path, output_path
 from kvsmith.pipeline.data import DataConfig, PydocsData, data_name, token_blocks, tokens_hash
 from kvsmith.pipeline.evaluation.find import shown
@@ -207,9 +207,9 @@ def describe(cfg: ModelConfig, config: PreTrainedConfig) -> BaseModel:
 
 def cache_name(spec: CacheSpec) -> str:
     """A word for folders: codec, eviction with its budget, and rank of the state."""
-    name = codec_name(spec.codec)
     if isinstance(spec.eviction, KeepAll):
-        return name
+        return codec_name(spec.codec)
+    name = codec_word(spec.codec)
     state = "" if spec.less is None else f"-less{spec.less.rank}"
     return f"{name}-{spec.eviction.kind}{spec.eviction.budget}{state}"
 
