@@ -20,6 +20,7 @@ from kvsmith.pipeline.evaluation.find import shown
 from kvsmith.pipeline.log import Run
 from kvsmith.pipeline.metrics import write_csv
 from kvsmith.pipeline.report import table
+from kvsmith.pipeline.report.page import page, section
 from kvsmith.pipeline.report.table import Row
 from kvsmith.pipeline.stage import atomic_write, read_json, write_json
 
@@ -35,6 +36,8 @@ class Comparison:
         title: what was measured.
         protocol: how, in sentences.
         runs: their folders.
+        facts: commit and versions of each run, a sentence each.
+        images: figures of the runs.
         rows: everything measured, by all-in bits, the largest first.
     """
 
@@ -42,6 +45,8 @@ class Comparison:
     protocol: tuple[str, ...]
     runs: tuple[str, ...]
     rows: tuple[Row, ...]
+    facts: tuple[str, ...] = ()
+    images: tuple[Path, ...] = ()
 
 
 def join(folders: Sequence[Path]) -> list[Comparison]:
@@ -89,7 +94,14 @@ def _comparison(runs: Sequence[tuple[Path, dict[str, Any]]]) -> Comparison:
     ordered = sorted(rows.values(), key=lambda row: (-row.bits, row.name))
     first = runs[0][1]
     places = tuple(shown(path.parent) for path, _ in runs)
-    return Comparison(first["title"], tuple(first["protocol"]), places, tuple(ordered))
+    facts = [
+        f"{place}: commit {data.get('commit')}, "
+        + ", ".join(f"{name} {version}" for name, version in data.get("versions", {}).items())
+        for place, (_, data) in zip(places, runs, strict=True)
+    ]
+    images = [path for folder, _ in runs for path in sorted(folder.parent.glob("codebooks*.png"))]
+    found = (tuple(ordered), tuple(facts), tuple(images))
+    return Comparison(first["title"], tuple(first["protocol"]), places, *found)
 
 
 def _same(a: Row, b: Row) -> bool:
@@ -102,7 +114,7 @@ def write(comparisons: Sequence[Comparison], folder: Path, log: Run) -> list[str
 
     Args:
         comparisons: from `join`.
-        folder: where joined.csv, joined.json, joined.md and joined*.png go.
+        folder: where joined.csv, .json, .md, .html (the whole on one page) and .png go.
         log: shows the tables.
 
     Returns:
@@ -123,11 +135,13 @@ def write(comparisons: Sequence[Comparison], folder: Path, log: Run) -> list[str
     write_json(folder / "joined.json", {"comparisons": facts})
     pages = [table.markdown(c.title, c.protocol, c.rows) for c in comparisons]
     atomic_write(folder / "joined.md", "\n".join(pages).encode())
+    parts = (section(c.title, c.protocol, c.rows, c.facts, c.images) for c in comparisons)
+    atomic_write(folder / "joined.html", page(comparisons[0].title, parts).encode())
     for c in comparisons:
         log.table(c.title, table.COLUMNS, [table.cells(row) for row in c.rows])
         for line in (*c.protocol, *table.comparisons(c.rows)):
             log.say(line)
-    return ["joined.csv", "joined.json", "joined.md", *_figures(comparisons, folder)]
+    return ["joined.csv", "joined.json", "joined.md", "joined.html", *_figures(comparisons, folder)]
 
 
 def _figures(comparisons: Sequence[Comparison], folder: Path) -> list[str]:
