@@ -71,7 +71,14 @@ def test_other_text_is_another_table(sweep: Path, tmp_path: Path) -> None:
     assert [len(c.rows) for c in found] == [5, 3]
     assert main([str(sweep / "runs"), str(sweep / "other"), "--to", str(tmp_path)]) == 0
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"joined.csv", "joined.json", "joined.md", "joined-0.png", "joined-1.png"}
+    assert names == {
+        "joined.csv",
+        "joined.json",
+        "joined.html",
+        "joined.md",
+        "joined-0.png",
+        "joined-1.png",
+    }
 
 
 def test_equal_names_of_different_caches_are_told_apart(sweep: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from kvsmith.pipeline.evaluation.recall import Recall
 from kvsmith.pipeline.report.page import page, section
 from kvsmith.pipeline.report.table import Row
 
-VOID = {"meta", "img", "line", "circle"}
+VOID = {"meta", "img", "line"}
 FOUND = Measurement(
     Footprint(1024, 10**6, 4.5, 100.0, 3, 16),
     Fidelity(2, 100, 16.0, 0.01, 0.001, 0.02, 0.001, 0.5, 0.97, (2.7, 2.8)),
@@ -39,6 +39,9 @@ class Checker(HTMLParser):
         self.sources += [v or "" for n, v in attrs if n in ("src", "href", "srcset", "action")]
         if tag not in VOID:
             self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert tag in VOID
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
