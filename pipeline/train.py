@@ -1,10 +1,12 @@
-"""`train.py`: a model from scratch (`experiment=pretrain_*`), or LESS states (`less=...`)."""
+"""`train.py`: a model from scratch (`experiment=...`), one whose layers share (`cla=...`), or LESS
+states (`less=...`)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from kvsmith.cla import Groups, Map
 from kvsmith.errors import explain
 from kvsmith.eviction.policy import KeepAll
 from kvsmith.pipeline.config import DebugConfig, experiments, output_path
@@ -13,7 +15,9 @@ from kvsmith.pipeline.less.options import EvictionChoice, LessTraining
 from kvsmith.pipeline.less.run import predict, train_less
 from kvsmith.pipeline.log import LoggerConfig, Run
 from kvsmith.pipeline.model import ModelConfig
+from kvsmith.pipeline.training.owner_map import Measured
 from kvsmith.pipeline.training.pretrain import Pretrain, pretrain
+from kvsmith.pipeline.training.uptrain import Uptrain, uptrain
 from kvsmith.spec import CodecSpec
 
 
@@ -24,12 +28,15 @@ class TrainConfig:
     Args:
         model: names the result and the device.
         data: text.
-        pretrain: set by `experiment=pretrain_*`.
+        pretrain: set by `experiment=...`.
+        cla: which layers share keys and values.
+        uptrain: how a trained model becomes one that shares; without an experiment.
         less: set by `less=...`, which sets the eviction too.
         codec: how kept tokens are stored while states are trained.
         eviction: what states are trained for.
         output: model folder to write, None is `model.path`; for states the folder of results, None
-            is `artifacts/less/<model>`.
+            is `artifacts/less/<model>`; for a shared model None is the run's own folder.
+        own_folder: a pretrained model goes into this start's own folder.
         work: folder of unfinished runs.
         overwrite: replace a finished model of another configuration.
         dry_run: with `less`, say what training will take, and do nothing.
@@ -41,49 +48,87 @@ class TrainConfig:
     data: DataConfig
     logger: LoggerConfig
     debug: DebugConfig
+    uptrain: Uptrain
+    cla: Groups | Map | Measured = field(default_factory=lambda: Groups(factor=1))
     pretrain: Pretrain | None = None
     less: LessTraining | None = None
     codec: CodecSpec | None = None
     eviction: EvictionChoice = field(default_factory=KeepAll)
     output: str | None = None
+    own_folder: bool = False
     work: str = "runs/train"
     overwrite: bool = False
     dry_run: bool = False
 
 
 def run(cfg: TrainConfig, folder: Path) -> None:
-    """Do the training that the experiment describes.
+    """Do the training that the configuration describes.
 
     Args:
         cfg: the configuration.
         folder: this start's own folder; holds the composed configuration.
 
     Raises:
-        ValueError: no experiment was chosen, or the training refuses.
+        ValueError: nothing to train was chosen, or several things, or the training refuses.
     """
+    sharing = not (isinstance(cfg.cla, Groups) and cfg.cla.factor == 1)
     if cfg.less is not None:
+        if cfg.pretrain is not None or sharing:
+            given = "experiment" if cfg.pretrain is not None else "cla"
+            remedy = "Train one; states are trained for a finished model."
+            raise ValueError(explain("train", "less", f"left out with {given}", "both", remedy))
         _train_less(cfg, cfg.less, folder)
         return
     if cfg.dry_run:
         raise ValueError(explain("dry_run", "training", "of states, less=...", "another"))
-    if cfg.pretrain is None:
-        names = ", ".join(f"experiment={name}" for name in experiments("pretrain"))
-        raise ValueError(
-            explain("train", "experiment", f"chosen: {names}; or less=h2o_budget512", "none")
-        )
-    model, logger = cfg.model, cfg.logger
-    if cfg.debug.smoke:
-        data = replace(cfg.data, packages=()) if isinstance(cfg.data, PydocsData) else cfg.data
-        output = output_path(cfg.output) if cfg.output else folder / "model"
-        pretrain(cfg.pretrain.smoke(), data, model, output, folder, logger, cfg.overwrite)
+    if cfg.pretrain is not None:
+        _pretrain(cfg, cfg.pretrain, folder)
+    elif sharing:
+        _uptrain(cfg, folder)
     else:
-        output, work = output_path(cfg.output or model.path), output_path(cfg.work)
-        pretrain(cfg.pretrain, cfg.data, model, output, work, logger, cfg.overwrite)
+        names = ", ".join(
+            f"experiment={name}" for kind in ("pretrain", "cla") for name in experiments(kind)
+        )
+        expected = f"chosen: {names}; or cla=factor2; or less=h2o_budget512"
+        raise ValueError(explain("train", "experiment", expected, "none"))
+
+
+def _pretrain(cfg: TrainConfig, what: Pretrain, folder: Path) -> None:
+    if isinstance(cfg.cla, Measured):
+        remedy = "Choose cla=factor2."
+        raise ValueError(explain("cla", "map", "known before training", "measured", remedy))
+    what = what.smoke() if cfg.debug.smoke else what
+    output = folder / "model" if cfg.own_folder or cfg.debug.smoke else None
+    if cfg.output:
+        output = output_path(cfg.output)
+    owner = cfg.cla.resolve(what.arch.layers)
+    pretrain(
+        what,
+        _text(cfg),
+        cfg.model,
+        output or output_path(cfg.model.path),
+        folder if cfg.debug.smoke else output_path(cfg.work),
+        cfg.logger,
+        cfg.overwrite,
+        None if owner == tuple(range(len(owner))) else owner,
+    )
+
+
+def _uptrain(cfg: TrainConfig, folder: Path) -> None:
+    what = cfg.uptrain.smoke() if cfg.debug.smoke else cfg.uptrain
+    work = folder if cfg.debug.smoke else output_path(cfg.work)
+    output = output_path(cfg.output) if cfg.output else None
+    uptrain(what, cfg.cla, _text(cfg), cfg.model, output, work, cfg.logger, cfg.overwrite)
+
+
+def _text(cfg: TrainConfig) -> DataConfig:
+    """The text; a smoke run reads the smallest."""
+    if cfg.debug.smoke and isinstance(cfg.data, PydocsData):
+        return replace(cfg.data, packages=())
+    return cfg.data
 
 
 def _train_less(cfg: TrainConfig, less: LessTraining, folder: Path) -> None:
-    if cfg.pretrain is not None:
-        raise ValueError(explain("train", "less", "left out with experiment", "both", "Train one."))
     assert cfg.codec is not None  # the configuration has a default
     if cfg.dry_run:
         with Run(None) as log:

@@ -21,8 +21,8 @@ def share(model: PreTrainedModel, owner: Sequence[int] | None = None) -> None:
 
     Args:
         model: a transformers model; changed in place.
-        owner: for each layer the layer whose tokens it reads; None takes the map that the
-            configuration already holds, if any.
+        owner: for each layer the layer whose tokens it reads, itself in all for a model as it was
+            made; None takes the map that the configuration already holds, if any.
 
     Raises:
         ValueError: the map does not fit the model.
@@ -32,7 +32,8 @@ def share(model: PreTrainedModel, owner: Sequence[int] | None = None) -> None:
     if owner is None and before is None:
         return
     if owner is not None:
-        config.kv_owner = [int(o) for o in owner]
+        apart = list(owner) == list(range(len(owner)))
+        config.kv_owner = None if apart else [int(o) for o in owner]
     try:
         shape = geometry(model.config)
     except ValueError:
@@ -49,7 +50,7 @@ def share(model: PreTrainedModel, owner: Sequence[int] | None = None) -> None:
 def _shared_without_interface(model: Any, args: Any, kwargs: Any) -> Any:
     """Modules that attend by themselves share through a cache, which keeps nothing."""
     cache = kwargs.get("past_key_values")
-    if isinstance(cache, SeamCache):
+    if isinstance(cache, SeamCache) or not ATTACHED[model].shared:
         return args, kwargs
     if cache is not None:
         where, remedy = f"model ({model.config.model_type})", "Make one with kvsmith.make_cache."

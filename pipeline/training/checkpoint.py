@@ -103,6 +103,8 @@ def _restore(file: safe_open, model: nn.Module, optimizer: AdamW, step: int) -> 
     with torch.no_grad():
         for name, weight in model.named_parameters():
             weight.copy_(file.get_tensor(f"model.{name}"))
+            if not weight.requires_grad:
+                continue
             state = {
                 moment: file.get_tensor(f"{moment}.{name}").to(weight.device) for moment in MOMENTS
             }

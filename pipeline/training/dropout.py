@@ -35,8 +35,8 @@ class Dropout:
         self._width = model.config.hidden_size
         self._device = model.device
         self._mask = torch.ones(0, dtype=dtype)
-        places: list[nn.Module] = [model.model.embed_tokens]
-        for layer in model.model.layers:
+        places: list[nn.Module] = [model.model.embed_tokens] if share else []
+        for layer in model.model.layers if share else ():
             places += [layer.self_attn, layer.mlp]
         self._places = places
         self._hooks = (

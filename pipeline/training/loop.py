@@ -31,6 +31,7 @@ M_TRIM_THRESHOLD = -1
 M_MMAP_MAX = -4
 
 LOG_STEPS = 10
+Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def fit(
@@ -42,6 +43,8 @@ def fit(
     run: Run,
     checkpoint: Path,
     identity: str,
+    loss: Loss | None = None,
+    before_step: Callable[[int], None] = lambda _: None,
 ) -> Done:
     """Train `model` in place from its checkpoint, or from the start, to the last step.
 
@@ -54,6 +57,8 @@ def fit(
         run: gets scalars `tokens`, `loss`, `lr`, `grad_norm`, and `heldout_loss` now and then.
         checkpoint: file to continue from and to write.
         identity: hash of the configuration; a checkpoint of another run is refused.
+        loss: of inputs and targets [B, T]; None is cross-entropy.
+        before_step: called with the number of each step, from 0.
 
     Returns:
         Steps and time over all starts.
@@ -69,10 +74,11 @@ def fit(
         run.say(f"continuing at step {before.steps} of {cfg.steps} from {checkpoint}")
         run.rewind(before.steps)
     clock = _Clock(before)
-    one_step = _Step(model, optimizer, stream, cfg, seed)
+    one_step = _Step(model, optimizer, stream, cfg, seed, loss)
     total, tokens = cfg.steps * cfg.batch_tokens, cfg.batch_tokens
     with _signals() as caught, run.progress(total, "tokens", before.steps * tokens) as progress:
         for done in range(before.steps + 1, cfg.steps + 1):
+            before_step(done - 1)
             values = one_step(done - 1)
             if done % cfg.eval_steps == 0 or done == cfg.steps:
                 with _autocast(model, cfg):
@@ -108,7 +114,13 @@ class _Step:
     """One optimizer step as a function of its number."""
 
     def __init__(
-        self, model: LlamaForCausalLM, optimizer: AdamW, stream: Tensor, cfg: Optim, seed: int
+        self,
+        model: LlamaForCausalLM,
+        optimizer: AdamW,
+        stream: Tensor,
+        cfg: Optim,
+        seed: int,
+        loss: Loss | None,
     ) -> None:
         self._model, self._optimizer, self._cfg = model, optimizer, cfg
         self._windows = {
@@ -117,7 +129,7 @@ class _Step:
         }
         dtype = torch.bfloat16 if cfg.precision == "bfloat16" else torch.float32
         self.dropout = Dropout(model, cfg.dropout, seed, dtype)
-        self._loss = _loss_function(model, cfg)
+        self._loss = loss or _loss_function(model, cfg)
 
     def __call__(self, step: int) -> dict[str, float]:
         length, lr = self._cfg.length_at(step), self._cfg.lr_at(step)
@@ -139,7 +151,7 @@ class _Step:
         return {"loss": value, "lr": lr, "grad_norm": norm}
 
 
-def _loss_function(model: LlamaForCausalLM, cfg: Optim) -> Callable[[Tensor, Tensor], Tensor]:
+def _loss_function(model: LlamaForCausalLM, cfg: Optim) -> Loss:
     def loss(inputs: Tensor, targets: Tensor) -> Tensor:
         with _autocast(model, cfg):
             hidden = model.model(input_ids=inputs, use_cache=False).last_hidden_state
@@ -155,7 +167,7 @@ def _loss_function(model: LlamaForCausalLM, cfg: Optim) -> Callable[[Tensor, Ten
         raise ValueError(
             explain("pretrain.optim.compile", "C++ compiler", "on the path", "none", remedy)
         )
-    compiled: Callable[[Tensor, Tensor], Tensor] = torch.compile(loss, dynamic=False)
+    compiled: Loss = torch.compile(loss, dynamic=False)
     return compiled
 
 
@@ -166,7 +178,7 @@ def _autocast(model: LlamaForCausalLM, cfg: Optim) -> torch.autocast:
 
 
 def _optimizer(model: nn.Module, cfg: Optim) -> AdamW:
-    weights = list(model.parameters())
+    weights = [w for w in model.parameters() if w.requires_grad]
     groups = [
         {"params": [w for w in weights if w.dim() > 1], "weight_decay": cfg.weight_decay},
         {"params": [w for w in weights if w.dim() <= 1], "weight_decay": 0.0},

@@ -15,6 +15,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from kvsmith.errors import explain
+from kvsmith.hf import geometry, share
 from kvsmith.pipeline.config import config_hash
 from kvsmith.pipeline.data import (
     DataConfig,
@@ -31,6 +32,7 @@ from kvsmith.pipeline.training.loop import fit
 from kvsmith.pipeline.training.plan import Optim, Phase
 from kvsmith.pipeline.training.result import is_finished, write_result
 from kvsmith.pipeline.training.tokenizer import train_tokenizer
+from kvsmith.pipeline.training.unread import freeze_unread, skip_unread
 from kvsmith.strict import to_dict
 
 
@@ -85,6 +87,7 @@ def pretrain(
     work: Path,
     logger: LoggerConfig,
     overwrite: bool,
+    owner: tuple[int, ...] | None = None,
 ) -> Path:
     """Train a model and write its folder.
 
@@ -96,6 +99,7 @@ def pretrain(
         work: folder of unfinished runs.
         logger: where scalars go besides the run's files.
         overwrite: replace a finished model of another configuration.
+        owner: for each layer the layer whose keys and values it reads; None is itself.
 
     Returns:
         `output`.
@@ -103,7 +107,8 @@ def pretrain(
     Raises:
         ValueError: `output` holds something else, the text is too short, or training failed.
     """
-    identity = config_hash({"pretrain": to_dict(cfg), "data": to_dict(data)})
+    shared = {} if owner is None else {"owner": list(owner)}
+    identity = config_hash({"pretrain": to_dict(cfg), "data": to_dict(data), **shared})
     if is_finished(output, identity, overwrite):
         Run(None).say(f"{output} is finished (run {identity}); nothing to do")
         return output
@@ -115,6 +120,10 @@ def pretrain(
         heldout = token_blocks(tokenizer, data, "heldout", None, cfg.arch.context)
         net = build_model(cfg.arch, int(tokenizer.eos_token_id), cfg.seed)
         net.to(model_device(model)).set_attn_implementation(register())
+        if owner is not None:
+            share(net, owner)
+            freeze_unread(net, owner)
+            skip_unread(net, owner)
         run.say(f"{parameters(net):,} parameters, {len(stream):,} training tokens")
         checkpoint = folder / "checkpoint.safetensors"
         done = fit(net, stream, heldout, cfg.optim, cfg.seed, run, checkpoint, identity)
@@ -123,6 +132,8 @@ def pretrain(
             "pretrain": to_dict(cfg),
             "data": to_dict(data),
             "parameters": parameters(net),
+            "kv_bytes_per_token": 2 * geometry(net.config).elements,
+            **shared,
             "training_tokens": len(stream),
             "training_tokens_sha256": tokens_hash(stream),
             "tokens_seen": done.steps * cfg.optim.batch_tokens,

@@ -6,12 +6,13 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvsmith.errors import explain
 from kvsmith.pipeline.log import peak_memory
@@ -54,12 +55,13 @@ def is_finished(output: Path, identity: str, overwrite: bool) -> bool:
 
 def write_result(
     output: Path,
-    net: LlamaForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
+    net: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     heldout: Tensor,
     prompt: str,
     record: dict[str, Any],
     log: Path,
+    card: Callable[[str, dict[str, Any]], str] = model_card,
 ) -> None:
     """Write the folder beside its target, measure what was written, move it into place.
 
@@ -71,6 +73,7 @@ def write_result(
         prompt: whose greedy continuation is recorded.
         record: facts of the training; completed here and written as `training.json`.
         log: file that becomes `training_log.jsonl`.
+        card: writes README.md from the folder's name and the record.
     """
     quiet()
     temporary = output.with_name(f".{output.name}.{os.getpid()}")
@@ -80,7 +83,7 @@ def write_result(
     model, _ = load_model(ModelConfig(path=str(temporary), device="cpu"))
     record = {**record, **measure(model, tokenizer, heldout, prompt)}
     (temporary / RECORD).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", "utf-8")
-    (temporary / "README.md").write_text(model_card(output.name, record), "utf-8")
+    (temporary / "README.md").write_text(card(output.name, record), "utf-8")
     shutil.copyfile(log, temporary / "training_log.jsonl")
     old = output.with_name(f".{output.name}.old.{os.getpid()}")
     if output.exists():
@@ -90,7 +93,7 @@ def write_result(
 
 
 def measure(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, heldout: Tensor, prompt: str
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, heldout: Tensor, prompt: str
 ) -> dict[str, Any]:
     """What the record says about the finished model: held-out loss and a greedy continuation."""
     loss = heldout_loss(model, heldout)

@@ -39,7 +39,7 @@ def test_the_default_parses() -> None:
     assert cfg.data == PydocsData() and cfg.logger == NoLogger() and cfg.pretrain is None
 
 
-@pytest.mark.parametrize("group", ["model", "data", "logger", "debug"])
+@pytest.mark.parametrize("group", ["model", "data", "logger", "debug", "cla"])
 def test_every_option_of_every_group_parses(group: str) -> None:
     assert _options(group)
     for option in _options(group):
@@ -49,7 +49,7 @@ def test_every_option_of_every_group_parses(group: str) -> None:
         load(TrainConfig, "train", [f"{group}={option}", *extra])
 
 
-@pytest.mark.parametrize("name", experiments("pretrain"))
+@pytest.mark.parametrize("name", [*experiments("pretrain"), *experiments("cla")])
 def test_every_pretraining_parses(name: str) -> None:
     assert load(TrainConfig, "train", [f"experiment={name}"]).pretrain is not None
 

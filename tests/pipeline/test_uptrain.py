@@ -1,0 +1,220 @@
+"""Conversion to shared layers and training towards the original."""
+
+import copy
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvsmith.cla import Groups, Map
+from kvsmith.hf import share
+from kvsmith.pipeline.config import load
+from kvsmith.pipeline.data import TextfileData
+from kvsmith.pipeline.log import NoLogger
+from kvsmith.pipeline.model import ModelConfig, load_model
+from kvsmith.pipeline.report import sharing
+from kvsmith.pipeline.train import TrainConfig, run
+from kvsmith.pipeline.training import loop
+from kvsmith.pipeline.training.convert import convert, fit_pair, observe
+from kvsmith.pipeline.training.distill import Mix, distillation
+from kvsmith.pipeline.training.owner_map import Measured, Tie, choose_map, measure_ties
+from kvsmith.pipeline.training.plan import Optim, Phase
+from kvsmith.pipeline.training.uptrain import Uptrain, uptrain
+from tests.micro_model import write_model, write_text
+from tests.runtime.models import build
+
+OPTIM = Optim(
+    tokens=512,
+    batch_tokens=64,
+    phases=(Phase(1.0, 32),),
+    lr=3e-3,
+    warmup_steps=1,
+    weight_decay=0.0,
+    precision="float32",
+    compile=False,
+    checkpoint_steps=3,
+    eval_steps=4,
+    eval_windows=2,
+)
+PAIRS = (0, 0, 2, 2)
+
+
+def _ids(rows: int = 4, length: int = 64, seed: int = 0) -> Tensor:
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randint(2, 97, (rows, length), generator=draw)
+
+
+@torch.no_grad()
+def _twins(micro_llama: Any) -> Any:
+    """Two layers; the second's keys and values are turned, mixed and swapped ones of the first."""
+    net = micro_llama(layers=2, kv_heads=2, heads=4)
+    first, second = (layer.self_attn for layer in net.model.layers)
+    # Without the attention and the MLP of the first layer both see the embedding.
+    first.o_proj.weight.zero_()
+    net.model.layers[0].mlp.down_proj.weight.zero_()
+    draw = torch.Generator().manual_seed(7)
+    alpha = torch.complex(*torch.randn(2, 2, 8, 1, generator=draw))
+    mix = torch.randn(2, 16, 16, generator=draw)
+    k = first.k_proj.weight.view(2, 2, 8, -1).flip(0)  # [H, 2, D / 2, width], heads swapped
+    turned = torch.complex(k[:, 0].contiguous(), k[:, 1].contiguous()) * alpha
+    second.k_proj.weight.copy_(torch.stack([turned.real, turned.imag], 1).flatten(0, 2))
+    v = first.v_proj.weight.view(2, 16, -1).flip(0)
+    second.v_proj.weight.copy_(torch.einsum("hde,hdw->hew", mix, v).flatten(0, 1))
+    return net
+
+
+@torch.no_grad()
+def test_what_least_squares_can_express_is_converted_without_loss(micro_llama: Any) -> None:
+    net, ids = _twins(micro_llama), _ids()
+    want = net(ids).logits
+    seen = observe(net, ids)
+    fit = fit_pair(seen, 1, 0)
+    assert fit.head == (1, 0)
+    assert fit.residual < 1e-3  # the ridge of 1e-4 and float32
+    convert(net, (0, 0), "least_squares", seen)
+    share(net, (0, 0))
+    got = net(ids).logits
+    assert (got - want).std() < 2e-2 * want.std()
+    kept = _twins(micro_llama)
+    share(kept, (0, 0))
+    assert (kept(ids).logits - want).std() > 0.2 * want.std()
+
+
+@torch.no_grad()
+def test_average_is_the_mean_of_what_enters_attention(micro_llama: Any) -> None:
+    net = micro_llama(layers=2)
+    gains = [torch.rand(64) + 0.5 for _ in range(2)]
+    for layer, gain in zip(net.model.layers, gains, strict=True):
+        layer.input_layernorm.weight.copy_(gain)
+    before = [
+        layer.self_attn.v_proj.weight * g for layer, g in zip(net.model.layers, gains, strict=True)
+    ]
+    convert(net, (0, 0), "average")
+    after = net.model.layers[0].self_attn.v_proj.weight * gains[0]
+    torch.testing.assert_close(after, (before[0] + before[1]) / 2)
+
+
+def test_architectures_that_cannot_be_folded() -> None:
+    for family in ("qwen3", "gpt2"):
+        with pytest.raises(ValueError, match="keep_first"):
+            convert(build(family), (0, 0), "average")
+
+
+def test_choose_map_is_the_best_of_all() -> None:
+    rises = {1: 0.9, 2: 0.1, 3: 0.2, 4: 0.1, 5: 0.5}
+    ties = [Tie(r, r - 1, 0.0, rise) for r, rise in rises.items()]
+    assert choose_map(ties, 6, 4) == (0, 1, 1, 3, 3, 5)
+    assert choose_map(ties, 6, 3) == (0, 0, 2, 2, 4, 4)  # the only one
+    assert choose_map(ties, 6, 6) == tuple(range(6))
+    with pytest.raises(ValueError, match="between 3 and 6"):
+        choose_map(ties, 6, 2)
+
+
+@torch.no_grad()
+def test_measuring_leaves_the_model_alone(micro_llama: Any) -> None:
+    net, ids = micro_llama(layers=3), _ids()
+    before, want = copy.deepcopy(net.state_dict()), net(ids).logits
+    ties = measure_ties(net, ids, 3)
+    assert [(t.reader, t.owner) for t in ties] == [(1, 0), (2, 0), (2, 1)]
+    assert all(0 < t.residual < 2 for t in ties)
+    assert all(torch.equal(w, net.state_dict()[n]) for n, w in before.items())
+    torch.testing.assert_close(net(ids).logits, want, rtol=0, atol=1e-5 * float(want.abs().max()))
+
+
+@torch.no_grad()
+def test_distillation_is_zero_for_the_teacher_itself(micro_llama: Any) -> None:
+    net, other, ids = micro_llama(), micro_llama(seed=1), _ids()
+    for mix in (Mix(), Mix(logits=0.0, hidden=1.0)):
+        same = distillation(net, net, mix, False)(ids, ids)
+        assert float(same) == pytest.approx(0.0, abs=1e-5)
+        assert float(distillation(other, net, mix, False)(ids, ids)) > 0.05
+    text = distillation(net, None, Mix(0.0, 0.0, 1.0), False)(ids[:, :-1], ids[:, 1:])
+    assert float(text) == pytest.approx(float(net(ids, labels=ids).loss), rel=1e-5)
+
+
+@pytest.fixture
+def place(tmp_path: Path, micro_llama: Any) -> Path:
+    write_model(tmp_path / "model", micro_llama, layers=4)
+    write_text(tmp_path / "text.txt")
+    return tmp_path
+
+
+def _uptrain(place: Path, work: str, cla: Any = None, **changes: Any) -> Path:
+    cfg = replace(Uptrain(OPTIM, fit_windows=4), **changes)
+    data, model = TextfileData(path=str(place / "text.txt")), ModelConfig(str(place / "model"))
+    cla = cla or Groups(factor=2)
+    return uptrain(cfg, cla, data, model, None, place / work, NoLogger(), False)
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_a_killed_run_continues_to_the_same_bits(
+    place: Path, monkeypatch: pytest.MonkeyPatch, stages: int
+) -> None:
+    straight = _uptrain(place, "straight", stages=stages)
+    step = loop._Step.__call__
+
+    def dies(self: Any, number: int) -> dict[str, float]:
+        if number == 4:
+            raise KeyboardInterrupt
+        return step(self, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Step, "__call__", dies)
+        with pytest.raises(KeyboardInterrupt):
+            _uptrain(place, "killed", stages=stages)
+    resumed = _uptrain(place, "killed", stages=stages)
+    for name in ("model.safetensors", "training_log.jsonl"):
+        assert (straight / name).read_bytes() == (resumed / name).read_bytes()
+
+
+def test_training_gains_and_leaves_what_it_should(place: Path) -> None:
+    out = _uptrain(place, "work", train="attention", recompute=True)
+    record = json.loads((out / "training.json").read_text())
+    assert record["owner"] == [0, 0, 2, 2]
+    assert record["kv_bytes_per_token"] == 2 * 2 * 2 * 32 * 2 // 2
+    before, _ = load_model(ModelConfig(str(place / "model")))
+    after, _ = load_model(ModelConfig(str(out)))
+    assert after.config.kv_owner == [0, 0, 2, 2]
+    for (name, a), (_, b) in zip(before.named_parameters(), after.named_parameters(), strict=True):
+        unread = any(f"layers.{i}.self_attn.{p}_proj" in name for i in (1, 3) for p in "kv")
+        same = torch.equal(a.bfloat16(), b.bfloat16())
+        assert same == (unread or "self_attn" not in name), name
+    assert _uptrain(place, "work", train="attention", recompute=True) == out
+
+
+def test_a_measured_map(place: Path) -> None:
+    out = _uptrain(place, "work", Measured(owners=3))
+    assert len(set(json.loads((out / "training.json").read_text())["owner"])) == 3
+
+
+def test_refusals(place: Path) -> None:
+    for cla, words in ((Groups(factor=5), "at most"), (Map(owner=(0, 1)), "one entry a layer")):
+        with pytest.raises(ValueError, match=words):
+            _uptrain(place, "work", cla)
+    with pytest.raises(ValueError, match="one above 0"):
+        Mix(0.0, 0.0, 0.0)
+    with pytest.raises(ValueError, match=r"uptrain\.stages"):
+        _uptrain(place, "work", stages=0)
+
+
+def test_from_scratch_and_its_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"Sentence {i} of {i * 7919 % 1000}." for i in range(3000)))
+    common = ["experiment=cla_pretrain", "data=textfile", f"data.path={text}", "debug=smoke"]
+    for seed, cla in ((0, "none"), (1, "none"), (0, "factor2")):
+        more = [f"cla={cla}", f"pretrain.seed={seed}"]
+        run(load(TrainConfig, "train", [*common, *more]), tmp_path / f"{cla}{seed}")
+    shared = json.loads((tmp_path / "factor20" / "model" / "training.json").read_text())
+    assert shared["owner"] == [0, 0]
+    table = sharing.rows(sharing.find([tmp_path]))
+    assert [(row[1], row[2], row[6]) for row in table] == [
+        (2 * 2 * 16 * 2, "MQA", 2),
+        (2 * 2 * 16, "MQA, 1 of 2 own", 1),
+    ]
+    assert sharing.main([str(tmp_path)]) == 0
+    assert "1 of 2 own" in capsys.readouterr().out
+    assert sharing.main([str(text.parent / "nothing")]) == 1
