@@ -73,17 +73,24 @@ def compress(
     Args:
         model: a transformers model; unchanged after the block. Calls with `past_key_values` of
             their own keep it.
-        bundle: a bundle, its folder or hub name; or a cache that needs no calibration.
+        bundle: a bundle, its folder or hub name; a cache that needs no calibration, or the name of
+            a codec that needs none (`conf/codec`), such as "zero-4".
 
     Returns:
         A context manager; its `cache` is that of the latest call.
 
     Raises:
         BundleError: no bundle, or one of another model.
-        ValueError: the model is not supported, or inside such a block already.
+        ValueError: the model is not supported, or inside such a block already; or a codec that
+            needs calibration.
     """
     from kvsmith.hf.compress import compress as enter
 
+    if isinstance(bundle, str) and "/" not in bundle and not Path(bundle).is_dir():
+        from kvsmith.hf import geometry
+        from kvsmith.pipeline.codecs import uncalibrated
+
+        bundle = uncalibrated(bundle, geometry(model.config), "compress")
     if isinstance(bundle, CacheSpec):
         spec = bundle
         return enter(model, lambda: make_cache(model, spec))

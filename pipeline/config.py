@@ -95,6 +95,18 @@ def compose(name: str, overrides: Iterable[str] = ()) -> dict[str, Any]:
         raise ValueError(_one_line(name, error)) from error
 
 
+def read_option(group: str, name: str) -> dict[str, Any]:
+    """The option `name` of the folder `group`; a hundred times faster than `compose` where its file
+    builds on no other.
+    """
+    config = OmegaConf.load(conf_folder() / group / f"{name}.yaml")
+    assert isinstance(config, DictConfig)
+    found = _plain(config)
+    if "defaults" in found:
+        return dict(compose(f"{group}/{name}")[group])
+    return found
+
+
 def load(cls: type[T], name: str, overrides: Iterable[str] = ()) -> T:
     """Compose `conf/<name>.yaml` with `overrides` and read it into the dataclass `cls`.
 

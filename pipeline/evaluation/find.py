@@ -15,7 +15,7 @@ from kvsmith.hf import geometry
 from kvsmith.layout import check_geometry
 from kvsmith.pipeline.calibration import find_calibration, parameters_for, read_record
 from kvsmith.pipeline.codecs import codec_name as named
-from kvsmith.pipeline.codecs import load_codec
+from kvsmith.pipeline.codecs import uncalibrated
 from kvsmith.pipeline.config import input_path, output_path
 from kvsmith.pipeline.evaluation.candidate import Candidate
 from kvsmith.pipeline.model import ModelConfig
@@ -143,12 +143,7 @@ def baseline_candidates(names: Sequence[str], model: PreTrainedModel) -> list[Ca
     shape = geometry(model.config)
     candidates = []
     for name in names:
-        spec = CacheSpec(load_codec(name, "baselines"))
-        if expected_tensors(spec, shape):
-            remedy = "Export a bundle and evaluate that."
-            raise ValueError(
-                explain("baselines", "codec", "one that needs no calibration", repr(name), remedy)
-            )
+        spec = uncalibrated(name, shape, "baselines")
         check_geometry(spec, shape)
         candidates.append(Candidate(name, "baseline", f"conf/codec/{name}.yaml", spec))
     return candidates
