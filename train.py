@@ -4,4 +4,4 @@ from kvsmith.pipeline.config import launch
 from kvsmith.pipeline.train import TrainConfig, run
 
 if __name__ == "__main__":
-    launch("train", TrainConfig, run)
+    launch("train", TrainConfig, run, processes=True)

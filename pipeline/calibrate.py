@@ -4,26 +4,25 @@ them.
 Two kinds of stages. `collect` streams the calibration tokens once, forward and backward, into
 statistics. `fit-<codec>-layer-000`, ... turn the statistics of a layer into a codec's parameters.
 Both skip what is finished; an interrupted pass goes on from its last checkpoint and ends in the
-same bytes.
+same bytes. Processes that torchrun or `accelerate launch` starts divide the shards of the tokens
+and then the layers among them, which changes no byte.
 """
 
 from __future__ import annotations
 
-import os
 import platform
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvsmith.errors import explain
-from kvsmith.eviction.policy import KeepAll
 from kvsmith.hf import geometry
 from kvsmith.layout import check_geometry
-from kvsmith.pipeline.budget.options import BudgetOptions
 from kvsmith.pipeline.budget.run import Request, request, spend
 from kvsmith.pipeline.calibration import (
     Record,
@@ -33,115 +32,34 @@ from kvsmith.pipeline.calibration import (
     owns_parameters,
     read_record,
 )
-from kvsmith.pipeline.calibration.collect import Collect
+from kvsmith.pipeline.calibration.options import CalibrateConfig, smoke
 from kvsmith.pipeline.calibration.predict import COPIES, predict
 from kvsmith.pipeline.calibration.record import RECORD, layer_file
+from kvsmith.pipeline.calibration.shards import Shards
 from kvsmith.pipeline.calibration.summary import report
 from kvsmith.pipeline.codecs import codec_name, load_codec
-from kvsmith.pipeline.config import DebugConfig, input_path, output_path
+from kvsmith.pipeline.config import input_path, output_path
 from kvsmith.pipeline.data import DataConfig, HubData, PydocsData, token_blocks, tokens_hash
 from kvsmith.pipeline.data.split import Split
-from kvsmith.pipeline.fit import Sensitivity
-from kvsmith.pipeline.less.options import EvictionChoice
-from kvsmith.pipeline.log import LoggerConfig, NoLogger, Run
-from kvsmith.pipeline.model import ModelConfig, load_model, model_context
-from kvsmith.pipeline.stage import Stage, Stop, digest, locked, run_stage, write_json
+from kvsmith.pipeline.log import NoLogger, Run
+from kvsmith.pipeline.model import load_model, model_context, model_device
+from kvsmith.pipeline.stage import (
+    Stage,
+    Stop,
+    digest,
+    is_finished,
+    locked,
+    run_stage,
+    write_json,
+)
 from kvsmith.pipeline.statistics import plan_for
+from kvsmith.pipeline.workers import ALONE, Workers, start_workers
 from kvsmith.spec import CacheSpec, CodecSpec
+
+__all__ = ["CalibrateConfig", "calibrate", "check_context", "describe", "run", "smoke"]
 
 CALIBRATIONS = "artifacts/calibration"
 STATISTICS_VERSION = 2  # raised when the same tokens give other statistics
-
-
-@dataclass(frozen=True)
-class CalibrateConfig:
-    """What is calibrated, and on what.
-
-    Args:
-        model: the model.
-        data: text; its calibration split is used.
-        codec: one more codec to fit; None fits `codecs` alone.
-        codecs: names of `conf/codec` whose parameters are fitted.
-        eviction: calibration does not depend on it.
-        samples: sequences.
-        length: tokens of a sequence.
-        batch_size: sequences a forward and backward pass.
-        sinks: first tokens of every sequence that are left out; the codecs' number of sinks.
-        seed: of the choice of sequences.
-        fisher: collect Fisher information, which takes the backward pass.
-        sensitivity: weights of the codebook fit: fisher, fisher_scale or none.
-        max_fraction: largest share of outliers that key ranges can be fitted with later.
-        value_fractions: shares of outliers that values are observed with.
-        target_bits: all-in bits an element of a cache whose layers share them best; writes its
-            bundle.
-        curve: the best caches from the smallest to the largest.
-        fit: how such caches are found.
-        bundles: folder of all bundles; None is `artifacts/bundles`, or with `debug=smoke` the
-            folder of this run's logs.
-        checkpoint_seconds: time between checkpoints of the pass.
-        dry_run: take one sample the whole way, predict time, memory and disk, and keep nothing.
-        folder: where calibrations go; None is `artifacts/calibration`, or with `debug=smoke` the
-            folder of this run's logs.
-        logger: where else figures go.
-        debug: `debug=smoke` takes a few short sequences.
-    """
-
-    model: ModelConfig
-    data: DataConfig
-    codec: CodecSpec | None = None
-    codecs: tuple[str, ...] = ()
-    eviction: EvictionChoice = field(default_factory=KeepAll)
-    samples: int = 64
-    length: int = 512
-    batch_size: int = 8
-    sinks: int = 4
-    seed: int = 0
-    fisher: bool = True
-    sensitivity: Sensitivity = "fisher"
-    max_fraction: float = 0.02
-    value_fractions: tuple[float, ...] = (0.0, 0.01)
-    target_bits: float | None = None
-    curve: bool = False
-    fit: BudgetOptions = field(default_factory=BudgetOptions)
-    bundles: str | None = None
-    checkpoint_seconds: float = 20.0
-    dry_run: bool = False
-    folder: str | None = None
-    logger: LoggerConfig = field(default_factory=NoLogger)
-    debug: DebugConfig = field(default_factory=DebugConfig)
-
-    def __post_init__(self) -> None:
-        for name, least in (("samples", 1), ("batch_size", 1), ("sinks", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(explain(name, "value", f"at least {least}", getattr(self, name)))
-        if self.length < self.sinks + 2:
-            expected = f"at least sinks + 2 = {self.sinks + 2}"
-            raise ValueError(explain("length", "tokens of a sequence", expected, self.length))
-        for name, values in (
-            ("max_fraction", (self.max_fraction,)),
-            ("value_fractions", self.value_fractions),
-        ):
-            for value in values:
-                if not 0 <= value < 0.5:
-                    raise ValueError(explain(name, "share of elements", "in [0, 0.5)", value))
-        if not self.fisher and self.sensitivity != "none":
-            remedy = "Use sensitivity=none, or fisher=true."
-            raise ValueError(
-                explain("sensitivity", "value", "none with fisher=false", self.sensitivity, remedy)
-            )
-
-
-def smoke(cfg: CalibrateConfig, folder: Path) -> CalibrateConfig:
-    """The same on a few short sequences, away from calibrations that export.py would find."""
-    return replace(
-        cfg,
-        samples=min(cfg.samples, 4),
-        length=min(cfg.length, 128),
-        batch_size=min(cfg.batch_size, 2),
-        folder=cfg.folder or str(folder / "calibration"),
-        bundles=cfg.bundles or str(folder / "bundles"),
-        fit=replace(cfg.fit, windows=2, check=2, length=min(cfg.fit.length or 64, 64), points=2),
-    )
 
 
 def run(cfg: CalibrateConfig, folder: Path) -> Path:
@@ -158,13 +76,14 @@ def run(cfg: CalibrateConfig, folder: Path) -> Path:
         FileNotFoundError, ValueError, TypeError: what the user got wrong, in one line.
         SystemExit: 143 after SIGTERM; the same call then continues.
     """
+    workers = start_workers(model_device(cfg.model))
+    folder = Path(workers.leaders(str(folder)))
     if cfg.debug.smoke:
         cfg = smoke(cfg, folder)
-    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
-        remedy = "Start it without torchrun; model.device_map=auto spreads a model over devices."
-        raise ValueError(explain("calibrate.py", "processes", "1", processes, remedy))
-    codecs = _codecs(cfg)
-    with Run(folder, cfg.logger, cfg) as log:
+    _check_devices(cfg, workers)
+    codecs, lead = _codecs(cfg), workers.leads
+    logger = cfg.logger if lead else NoLogger()
+    with Run(folder if lead else None, logger, cfg, quiet=not lead) as log:
         began = time.monotonic()
         model, tokenizer = load_model(cfg.model)  # SIGTERM ends this at once; nothing is lost
         check_context(model, cfg.length)
@@ -176,10 +95,12 @@ def run(cfg: CalibrateConfig, folder: Path) -> Path:
         tokens = read("calibration", cfg.samples, cfg.length)
         with Stop() as stop:
             if cfg.dry_run:
-                loading = time.monotonic() - began
-                return _rehearse(cfg, codecs, model, tokens, loading, folder, log, stop, asked)
-            found = calibrate(cfg, codecs, model, tokens, log, stop, asked)
-            if asked is not None:
+                if lead:
+                    loading, count = time.monotonic() - began, workers.count
+                    _rehearse(cfg, codecs, model, tokens, loading, folder, log, stop, asked, count)
+                return folder
+            found = calibrate(cfg, codecs, model, tokens, log, stop, asked, workers)
+            if asked is not None and lead:
                 root = output_path(cfg.bundles or "artifacts/bundles") / cfg.model.label
                 spend(asked, found, model, read, cfg.sensitivity, root, folder, log, stop)
             return found
@@ -193,6 +114,7 @@ def calibrate(
     log: Run,
     stop: Stop,
     asked: Request | None = None,
+    workers: Workers = ALONE,
 ) -> Path:
     """Calibrate a loaded model on tokens, also for what is asked of the budget solver; arguments
     and result as of `run`.
@@ -200,13 +122,19 @@ def calibrate(
     extra = asked.choices.codecs if asked else ()
     source = describe(cfg, (*codecs.values(), *extra), model, tokens)
     name = digest([STATISTICS_VERSION, source])[:8]
+    if (first := workers.leaders(name, stop)) != name:
+        expected = f"{first} as in process 0 (of the same model and text)"
+        raise ValueError(explain(f"process {workers.rank}", "calibration", expected, name))
     folder = output_path(cfg.folder or CALIBRATIONS) / cfg.model.label / name
-    with locked(folder):
-        _collect(cfg, source, model, tokens, folder, log, stop)
+    with locked(folder) if workers.leads else nullcontext():
+        workers.wait(stop)  # the folder is there, and swept
+        _collect(cfg, source, model, tokens, folder, log, stop, workers)
         record = read_record(folder)
         fitted = {n: c for n, c in codecs.items() if owns_parameters(c, record)}
-        _fit(cfg, record, fitted, folder, log, stop)
-    report(record, fitted, folder, log)
+        _fit(cfg, record, fitted, folder, log, stop, workers)
+        workers.wait(stop)
+    if workers.leads:
+        report(record, fitted, folder, log)
     return folder
 
 
@@ -220,19 +148,19 @@ def _rehearse(
     log: Run,
     stop: Stop,
     asked: Request | None,
-) -> Path:
+    processes: int,
+) -> None:
     """Predict what `calibrate` of these tokens would take; leaves the prediction in `folder`."""
 
     def one(place: Path, quiet: Run) -> Path:
-        small = replace(cfg, samples=COPIES, batch_size=1, folder=str(place))
+        small = replace(cfg, samples=COPIES, batch_size=1, shards=1, folder=str(place))
         return calibrate(small, codecs, model, tokens[:1].repeat(COPIES, 1), quiet, stop, asked)
 
     extra = asked.choices.codecs if asked else ()
     source = describe(cfg, (*codecs.values(), *extra), model, tokens)
-    prediction = predict(one, source, model, loading)
+    prediction = predict(one, source, model, loading, processes)
     write_json(folder / "prediction.json", prediction)
     log.say(str(prediction))
-    return folder
 
 
 def describe(
@@ -258,6 +186,7 @@ def describe(
         batch_size=cfg.batch_size,
         sinks=cfg.sinks,
         plan=plan,
+        shards=cfg.shards,
     )
 
 
@@ -284,6 +213,15 @@ def _dataset(data: DataConfig) -> tuple[str, str | None]:
     return Path(data.path).name, None
 
 
+def _check_devices(cfg: CalibrateConfig, workers: Workers) -> None:
+    """Refuse processes that would each spread the model over all devices."""
+    if workers.count > 1 and cfg.model.device_map is not None:
+        remedy = "Start one process, which uses all devices, or load to one with device_map=null."
+        expected = f"null with {workers.count} processes"
+        got = cfg.model.device_map
+        raise ValueError(explain("model.device_map", "value", expected, got, remedy))
+
+
 def _collect(
     cfg: CalibrateConfig,
     source: Source,
@@ -292,13 +230,18 @@ def _collect(
     folder: Path,
     log: Run,
     stop: Stop,
+    workers: Workers,
 ) -> None:
-    collect = Collect(folder, source, model, tokens, cfg.checkpoint_seconds, log, stop)
+    shards = Shards(folder, source, model, tokens, cfg.checkpoint_seconds, log, stop, workers)
     files = [f"statistics/{layer_file(i)}.safetensors" for i in source.base_model.geometry.owners]
-    stage = Stage("collect", (), (RECORD, *files), collect.run, source)
-    if not run_stage(stage, folder):
-        log.say(f"statistics of {tokens.numel():,} tokens were collected before")
-    collect.clear()
+    stage = Stage("collect", (), (RECORD, *files), shards.run, source)
+    if workers.leads:
+        if not run_stage(stage, folder):
+            log.say(f"statistics of {tokens.numel():,} tokens were collected before")
+        shards.clear()
+    elif not is_finished(stage, folder):
+        shards.run()
+    workers.wait(stop)
 
 
 def _fit(
@@ -308,13 +251,14 @@ def _fit(
     folder: Path,
     log: Run,
     stop: Stop,
+    workers: Workers,
 ) -> None:
-    total = len(record.source.base_model.geometry.owners) * len(codecs)
-    if not total:
+    layers = workers.share(record.source.base_model.geometry.owners)
+    if not codecs:
         log.say("no codec owns parameters; nothing to fit")
         return
-    with log.progress(total, "fit") as bar:
-        for stage in fit_stages(folder, record, codecs, cfg.sensitivity):
+    with log.progress(len(layers) * len(codecs), "fit") as bar:
+        for stage in fit_stages(folder, record, codecs, cfg.sensitivity, layers):
             run_stage(stage, folder)
             bar.advance()
             stop.leave_if_asked()

@@ -13,7 +13,9 @@ import hashlib
 import json
 import os
 import re
+import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -34,6 +36,8 @@ from kvsmith.strict import from_dict, to_dict
 T = TypeVar("T")
 
 USER_ERRORS = (ValueError, TypeError, OSError)
+TERMINATED = 128 + signal.SIGTERM
+GRACE = 5.0  # seconds; launchers end all processes within one when one has ended
 NOT_IDENTITY = ("device", "device_map", "workers", "logger")
 
 
@@ -116,13 +120,16 @@ def load(cls: type[T], name: str, overrides: Iterable[str] = ()) -> T:
     return _typed(cls, name, compose(name, overrides))
 
 
-def launch(name: str, cls: type[T], run: Callable[[T, Path], object]) -> None:
+def launch(
+    name: str, cls: type[T], run: Callable[[T, Path], object], processes: bool = False
+) -> None:
     """The whole body of an entry-point script; ends the process.
 
     Args:
         name: primary file in `conf/`, without `.yaml`.
         cls: the frozen dataclass that the configuration is read into.
         run: called with the dataclass and the folder of this run's logs.
+        processes: whether several processes, as torchrun starts them, work on one run.
     """
     composed: list[tuple[DictConfig, str]] = []
 
@@ -132,6 +139,7 @@ def launch(name: str, cls: type[T], run: Callable[[T, Path], object]) -> None:
 
     def guarded() -> None:
         check_names()
+        check_processes(f"{name}.py", processes)
         try:
             script()
             checked = [(_typed(cls, name, _plain(c)), Path(folder)) for c, folder in composed]
@@ -159,6 +167,25 @@ def check_names() -> None:
         raise ValueError(explain("locale", "encoding of file names", "UTF-8", got, remedy))
 
 
+def check_processes(script: str, allowed: bool) -> None:
+    """Refuse to do the same work in each of several processes.
+
+    Raises:
+        ValueError: this process is one of several, and the script or a sweep works in one.
+    """
+    count = os.environ.get("WORLD_SIZE", "1")
+    if count == "1":
+        return
+    if not allowed:
+        remedy = "Start it without torchrun."
+        raise ValueError(explain(script, "processes", "1", count, remedy))
+    if {"-m", "--multirun"} & set(sys.argv):
+        remedy = "Start a sweep without torchrun."
+        raise ValueError(explain(script, "processes", "1 with --multirun", count, remedy))
+    if _rank():
+        sys.argv.append("hydra.run.dir=.")  # the leading process has a folder for all
+
+
 def main_guard(run: Callable[[], object]) -> int:
     """Call `run`; turn a user's error into one line on stderr.
 
@@ -168,10 +195,14 @@ def main_guard(run: Callable[[], object]) -> int:
 
     Returns:
         The exit code: 0, 1 after a user's error, 130 after Ctrl-C.
+
+    Raises:
+        SystemExit: the work left by itself.
     """
     try:
         run()
     except USER_ERRORS as error:
+        _let_the_first_speak()
         if os.environ.get("KVSMITH_DEBUG") == "1":
             traceback.print_exc()
         else:
@@ -180,7 +211,22 @@ def main_guard(run: Callable[[], object]) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; the same command continues where it stopped\n")
         return 130
+    except SystemExit as leaving:
+        if leaving.code == TERMINATED and _rank() == 0:
+            sys.stderr.write("stopped by SIGTERM; the same command continues where it stopped\n")
+        raise
     return 0
+
+
+def _rank() -> int:
+    """Number of this process among those that were started together."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def _let_the_first_speak() -> None:
+    """What all processes find wrong, the first one says; its end then ends the others."""
+    if _rank():
+        time.sleep(GRACE)
 
 
 def config_hash(config: object, exclude: Iterable[str] = NOT_IDENTITY) -> str:

@@ -2,7 +2,8 @@
 
 A folder `artifacts/calibration/<model>/<hash8>/` holds `calibration.json` (where the numbers come
 from), `statistics/layer-000.safetensors`, ... and `parameters/<codec>/layer-000.safetensors`, ...
-`record.py` reads them, `collect.py` makes the statistics, `parameters.py` fits any codec that the
+`options.py` says what is asked for, `record.py` reads them, `collect.py` makes the statistics of
+one shard of the tokens and `shards.py` those of all, `parameters.py` fits any codec that the
 statistics reach, also long after the model has gone; `amax.py` looks at rotated keys.
 """
 

@@ -1,4 +1,6 @@
-"""The streaming pass over the calibration tokens, with checkpoints it resumes from to the bit."""
+"""The streaming pass over one shard of the calibration tokens, with checkpoints it resumes from to
+the bit.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +14,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvsmith.errors import explain
-from kvsmith.pipeline.calibration.record import RECORD, Record, Source, layer_file
+from kvsmith.pipeline.calibration.record import Source
 from kvsmith.pipeline.calibration.store import BUDGET, Store
 from kvsmith.pipeline.log import Progress, Run
 from kvsmith.pipeline.memory import activation_bytes, is_out_of_memory
-from kvsmith.pipeline.stage import Stop, digest, write_json, write_safetensors
+from kvsmith.pipeline.stage import Stop, digest
 from kvsmith.pipeline.statistics.plan import TensorName
-from kvsmith.pipeline.taps import Taps, frozen
-from kvsmith.version import __version__
+from kvsmith.pipeline.taps import Taps
 
 SHARE = 20  # writing checkpoints takes at most one part in so many of the time
 ACTIVATIONS = 2**30  # bytes that may stay for the backward pass; beyond, layers run twice
@@ -27,15 +28,15 @@ ACTIVATIONS = 2**30  # bytes that may stay for the backward pass; beyond, layers
 
 @dataclass
 class Collect:
-    """One pass; `run` leaves statistics and calibration.json in the folder.
+    """One shard; `run` leaves a finished checkpoint in the folder.
 
     Attributes:
-        folder: of this calibration.
+        folder: of the shard's checkpoint.
         source: what is collected.
-        model: the model.
-        tokens: [samples, length] int64.
+        model: the model, within `frozen`.
+        tokens: [N, length] int64 of the shard.
         checkpoint_seconds: time between checkpoints.
-        log: tells the progress.
+        log: tells what happens.
         stop: asks to leave.
         budget: bytes of statistics in host memory, beside the layer in hand.
         done: finished sequences.
@@ -60,26 +61,35 @@ class Collect:
     def __post_init__(self) -> None:
         base = self.source.base_model
         layers = {i: base.layers[i] for i in base.geometry.owners}
-        self.store = Store(self.folder / "checkpoint", self.source.plan, layers, self.budget)
+        self.store = Store(self.folder, self.source.plan, layers, self.budget)
         self.batch_size = self.source.batch_size
 
-    def run(self) -> None:
-        """Run to the end, from the last checkpoint if there is one.
+    def restore(self) -> None:
+        """Take up the last checkpoint, if there is one.
+
+        Raises:
+            ValueError: a file of it was changed.
+        """
+        facts = self.store.restore(digest(self.source))
+        if facts is not None:
+            self.done, self.batch_size = int(facts["done"]), int(facts["batch_size"])
+            self.loss = float(facts["loss"])
+
+    def run(self, bar: Progress) -> None:
+        """Run to the end of the shard, from the checkpoint that was restored.
 
         Raises:
             SystemExit: 143 after SIGTERM, with a checkpoint written.
             ValueError: an activation or gradient is not finite, or one sequence is too much for
                 the memory there is.
         """
-        self._restore()
+        if self.done == len(self.tokens):
+            return
         self._saved, self._pause = time.monotonic(), self.checkpoint_seconds
-        with (
-            frozen(self.model),
-            self.log.progress(len(self.tokens), "collect", self.done) as bar,
-        ):
-            while self.done < len(self.tokens):
-                self._step(bar)
-        self._finish()
+        while self.done < len(self.tokens):
+            self._step(bar)
+        self._save()
+        self.store.forget()
 
     def _step(self, bar: Progress) -> None:
         """One batch, and a checkpoint when it is time or asked for."""
@@ -153,23 +163,3 @@ class Collect:
         self.store.save(facts)
         self._saved = time.monotonic()
         self._pause = max(self.checkpoint_seconds, SHARE * (self._saved - began))
-
-    def _restore(self) -> None:
-        facts = self.store.restore(digest(self.source))
-        if facts is not None:
-            self.done, self.batch_size = int(facts["done"]), int(facts["batch_size"])
-            self.loss = float(facts["loss"])
-            self.log.say(f"resumed after {self.done} sequences")
-
-    def _finish(self) -> None:
-        for layer in self.store.layers:
-            path = self.folder / "statistics" / f"{layer_file(layer)}.safetensors"
-            write_safetensors(path, self.store.load(layer).state_dict())
-        loss = self.loss / len(self.tokens)
-        program = f"kvsmith {__version__}"
-        record = Record("kvsmith-calibration", 1, program, self.source, loss)
-        write_json(self.folder / RECORD, record)
-
-    def clear(self) -> None:
-        """Remove checkpoints; for after the stage is marked as finished."""
-        self.store.clear()

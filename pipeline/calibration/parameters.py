@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,11 @@ def owns_parameters(codec: CodecSpec, record: Record) -> bool:
 
 
 def fit_stages(
-    folder: Path, record: Record, codecs: Mapping[str, CodecSpec], sensitivity: Sensitivity
+    folder: Path,
+    record: Record,
+    codecs: Mapping[str, CodecSpec],
+    sensitivity: Sensitivity,
+    layers: Sequence[int] | None = None,
 ) -> Iterator[Stage]:
     """One stage a layer and codec, layer by layer, so that statistics are read once.
 
@@ -45,13 +49,14 @@ def fit_stages(
         record: its calibration.json.
         codecs: name -> codec that owns parameters.
         sensitivity: weights of the codebook fit.
+        layers: those that are fitted; None for all that own tokens.
 
     Raises:
         ValueError: a codec keeps another number of sinks than were left out of the statistics.
     """
     for name, codec in codecs.items():
         _check_sinks(name, codec, record)
-    for layer in record.source.base_model.geometry.owners:
+    for layer in record.source.base_model.geometry.owners if layers is None else layers:
         stats = cache(lambda layer=layer: read_statistics(folder, record, layer))
         for name, whole in codecs.items():
             codec = whole.at(layer)

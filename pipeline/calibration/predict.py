@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from kvsmith.pipeline.calibration.collect import ACTIVATIONS
 from kvsmith.pipeline.calibration.record import Source
+from kvsmith.pipeline.calibration.shards import sizes as shards
 from kvsmith.pipeline.calibration.store import BUDGET
 from kvsmith.pipeline.log import Progress, Run, peak_memory
 from kvsmith.pipeline.memory import activation_bytes
@@ -77,7 +78,11 @@ class Clock:
 
 
 def predict(
-    one: Callable[[Path, Run], Path], source: Source, model: PreTrainedModel, loading: float
+    one: Callable[[Path, Run], Path],
+    source: Source,
+    model: PreTrainedModel,
+    loading: float,
+    processes: int = 1,
 ) -> Prediction:
     """Predict a calibration.
 
@@ -86,6 +91,7 @@ def predict(
         source: of the full run.
         model: the model.
         loading: seconds it took to load model and tokens.
+        processes: that divide the shards; memory is that of each.
 
     Returns:
         The prediction; nothing is left on disk.
@@ -101,11 +107,16 @@ def predict(
     batch = min(source.batch_size, source.samples)
     activations = _activations(model, batch * source.length) - _activations(model, source.length)
     return Prediction(
-        loading + seconds + (source.samples - COPIES) * each,
+        loading + seconds + (_most(source, processes) - COPIES) * each,
         peak_memory() + max(0, activations) + min(more, BUDGET),
         sum(sizes.values()) + more,
-        sum(sizes.values()) + more + 2 * (statistics + more),
+        sum(sizes.values()) + more + (len(shards(source)) + 1) * (statistics + more),
     )
+
+
+def _most(source: Source, processes: int) -> int:
+    """Sequences of the process that has the most of them."""
+    return max(sum(shards(source)[rank::processes]) for rank in range(processes))
 
 
 def _growth(source: Source, seen: int) -> int:

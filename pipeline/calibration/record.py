@@ -48,6 +48,7 @@ class Source:
         batch_size: sequences a forward pass.
         sinks: first tokens of each sequence that were left out.
         plan: what was observed.
+        shards: parts that were collected apart and then merged, if there are so many batches.
     """
 
     base_model: BaseModel
@@ -62,6 +63,7 @@ class Source:
     batch_size: int
     sinks: int
     plan: Plan
+    shards: int = 1
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Statistics of all layers: a few in memory, the rest in files that double as the checkpoint.
 
 A pass meets the layers one after the other, always in the same order. Those that exceed the budget
-are written to `checkpoint/layer-000-<tokens taken>.safetensors` when the next one comes, and read
+are written to `layer-000-<tokens taken>.safetensors` when the next one comes, and read
 back when their turn comes again. A checkpoint writes what only memory has, and then a list of the
 files that belong together. Each tensor of each layer counts the sequences it has taken in, so a
 checkpoint may fall between two layers of one batch: a sequence is never counted twice.
@@ -86,10 +86,15 @@ class Store:
             self._make_room(layer)
             self._last = layer
         if entry.stats is None:
-            entry.stats = LayerStatistics(self.plan, self.layers[layer], device)
-            if entry.file is not None:
-                entry.stats.load_state_dict(self._read(entry))
+            entry.stats = self.read(layer, device)
         return entry.stats
+
+    def read(self, layer: int, device: torch.device | str = "cpu") -> LayerStatistics:
+        """Statistics of a layer as its newest file has them; they are not kept here."""
+        stats, entry = LayerStatistics(self.plan, self.layers[layer], device), self._entries[layer]
+        if entry.file is not None:
+            stats.load_state_dict(self._read(entry))
+        return stats
 
     def save(self, facts: Mapping[str, Any]) -> None:
         """Write a checkpoint with the facts of the pass."""
@@ -104,6 +109,12 @@ class Store:
         for old in self.folder.glob("layer-*.safetensors"):
             if old.name not in self._listed:
                 old.unlink()
+
+    def forget(self) -> None:
+        """Free the memory of what was saved."""
+        for entry in self._entries.values():
+            assert not entry.fresh, "only what files have is forgotten"
+            entry.stats = None
 
     def restore(self, source: str) -> dict[str, Any] | None:
         """Go on from a checkpoint of the same source; its facts, or None if there is none.

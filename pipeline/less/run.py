@@ -24,10 +24,10 @@ from kvsmith.pipeline.less.estimate import estimate
 from kvsmith.pipeline.less.options import EvictionChoice, LessTraining, context_of, resolve
 from kvsmith.pipeline.less.result import RECORD, Source, write_trained
 from kvsmith.pipeline.less.training import Training
-from kvsmith.pipeline.less.workers import start_workers
 from kvsmith.pipeline.log import LoggerConfig, NoLogger, Run
 from kvsmith.pipeline.model import ModelConfig, load_config, load_model, model_device
 from kvsmith.pipeline.stage import Stop, digest
+from kvsmith.pipeline.workers import start_workers
 from kvsmith.spec import CacheSpec, CodecSpec
 
 LONGEST = 4096  # tokens of a sequence where the configuration names none

@@ -27,9 +27,9 @@ from kvsmith.pipeline.less.layers import LayerTrainer, relative_error
 from kvsmith.pipeline.less.options import LessTraining, scaled
 from kvsmith.pipeline.less.parallel import Pick
 from kvsmith.pipeline.less.record import Layer, Replay, replay, sweep
-from kvsmith.pipeline.less.workers import Workers
 from kvsmith.pipeline.log import Run
 from kvsmith.pipeline.stage import Stop, read_safetensors, write_safetensors
+from kvsmith.pipeline.workers import Workers
 from kvsmith.sizes import STATE_BYTES
 from kvsmith.spec import CacheSpec
 from kvsmith.stores import make_store
