@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
+from kvsmith.fused import attend_step
 from kvsmith.kernels.attend.api import attend
 from kvsmith.kernels.partial import Partial
 from kvsmith.store import LayerStore, Segment
@@ -25,6 +26,12 @@ LOGIT_ELEMENTS = 1 << 23
 
 class Mask(Protocol):
     """Which columns a query may see."""
+
+    @property
+    def reach(self) -> int | None:
+        """Columns that a query sees back, itself included, where that and left padding are all
+        there is to the mask (`fused.UNLIMITED` for all of them); None where it is not.
+        """
 
     @property
     def padding(self) -> torch.Tensor | None:
@@ -101,6 +108,11 @@ def attend_store(
     if before == 0 and scores.softcap is None and scores.sink is None:
         return attend_dense(q, k, v, mask, scores.scale)
     T, Hq = q.shape[2], q.shape[1]
+    whole = attend_step(q, store, before + k.shape[2] - T, mask, rotate, scores)
+    if whole is not None:
+        if scores.sink is not None:
+            whole = whole.merge(sink_partial(scores.sink, whole))
+        return whole.out.transpose(1, 2).to(q.dtype)
     row_elements = q.shape[0] * Hq * max(k.shape[2], 1)
     step = max(1, min(T, LOGIT_ELEMENTS // row_elements))
     chunk = max(1, CHUNK_ELEMENTS // (k.shape[0] * k.shape[1] * k.shape[3]))

@@ -65,9 +65,7 @@ def rotation_function(attention: nn.Module) -> Rotate | None:
 
 
 def _fits(apply: Rotate, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> bool:
-    """Whether the rotary function takes all channels: it splits them itself, or its cos is half as
-    wide (GPT-OSS).
-    """
+    """Whether the rotary function takes all channels: it splits them, or cos is half as wide."""
     try:
         return apply(x[:, :1, :1], cos[:, :1], sin[:, :1]).shape[-1] == x.shape[-1]
     except RuntimeError:
@@ -165,12 +163,17 @@ class Positions:
         length: columns held.
         pages: [rows, page_size] int32 each; one row where all batch rows agree.
         epochs: (first column, frequencies from there on), for models that change them.
+        regular: (columns looked at, position id minus column [rows] where that is one number a
+            row); see `kvsmith.regular`.
+        turns: by source, revolutions a position and scale; None where they cannot be told.
     """
 
     page_size: int
     length: int = 0
     pages: list[torch.Tensor] = field(default_factory=list)
     epochs: list[tuple[int, Frequencies]] = field(default_factory=list)
+    regular: tuple[int, torch.Tensor | None] = (0, None)
+    turns: dict[Any, tuple[torch.Tensor, float] | None] = field(default_factory=dict)
     _memo: dict[Any, CosSin] = field(default_factory=dict)
     _shared: dict[Any, torch.Tensor] = field(default_factory=dict)
 
@@ -212,11 +215,13 @@ class Positions:
     def crop(self, length: int) -> None:
         """Forget columns from `length` on."""
         self.length = min(self.length, length)
+        self.regular = (min(self.regular[0], self.length), self.regular[1])
         self.epochs = [(first, f) for first, f in self.epochs if first < self.length]
         del self.pages[-(-self.length // self.page_size) :]
 
     def map_rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Apply a row selection or repetition; shared rows stay shared."""
+        self.regular = (0, None)
         if self.pages and self.pages[0].shape[0] > 1:
             self.pages = [change(p) for p in self.pages]
 

@@ -20,8 +20,10 @@ import torch
 from kvsmith.codec import Codec
 from kvsmith.errors import explain
 from kvsmith.geometry import LayerGeometry
+from kvsmith.kernels.attend_encoded.api import Body, Side
 from kvsmith.kernels.low_rank.api import LowRankTerm
 from kvsmith.layout import page_layout
+from kvsmith.page_table import PageTable
 from kvsmith.pages import Page, new_page, read, read_low_rank, write
 from kvsmith.sinks import Pair, empty_pair, sink_columns, write_sinks
 from kvsmith.spec import CodecSpec
@@ -81,6 +83,7 @@ class LayerStore:
         self.sinks: Pair | None = None
         self.recent: Pair | None = None
         self.padding: torch.Tensor | None = None
+        self._table = PageTable()
 
     @property
     def batch_size(self) -> int:
@@ -91,6 +94,20 @@ class LayerStore:
     def body_end(self) -> int:
         """First column of the recent window."""
         return self.spec.sinks + self.encoded
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether pages hold no more than codes, ranges and corrections, in the queries' basis."""
+        return all(
+            not c.is_identity and c.factors is None and c.rotation is None for c in self.codecs
+        )
+
+    def body(self) -> Body:
+        """The encoded tokens as a kernel reads them; for a store that `is_plain`."""
+        k, v = (Side(c.format, c.tables, c.dim) for c in self.codecs)
+        page, begin = self.page_size, self.freed * self.page_size
+        table, heads = self._table.of(self.pages), self.geometry.kv_heads
+        return Body(self.pages, table, heads, page, begin, self.encoded, k, v)
 
     # -- writing ----------------------------------------------------------------------------------
 
@@ -165,6 +182,7 @@ class LayerStore:
             spec = self.spec.of_prompt() if in_prompt else self.spec
             layout = page_layout(spec, self.geometry, self.page_size, k.dtype)
             self.pages.append(new_page(layout, k))
+            self._table.add(self.pages)
             self.prompt_pages += in_prompt
         for codec, tensors, x in zip(self.codecs, self.pages[-1].sides, (k, v), strict=True):
             write(tensors, codec, offset, x)
@@ -178,8 +196,10 @@ class LayerStore:
             return
         passed = (query - self.geometry.window - self.spec.sinks) // self.page_size - 1
         count = min(max(passed - self.freed, 0), len(self.pages))
-        del self.pages[:count]
-        self.freed += count
+        if count:
+            del self.pages[:count]
+            self.freed += count
+            self._table.forget()
 
     # -- reading ----------------------------------------------------------------------------------
 
@@ -260,6 +280,7 @@ class LayerStore:
         self.recent = (change(self.recent[0]), change(self.recent[1]))
         self.padding = None if self.padding is None else change(self.padding)
         self.pages = [Page(p.layout, change(p.buffer)) for p in self.pages]
+        self._table.forget()
 
     def crop(self, length: int) -> None:
         """Forget the tokens from column `length` on.

@@ -30,6 +30,7 @@ from transformers.utils import is_optimum_quanto_available
 
 from kvsmith.attention import Scores, attend_store
 from kvsmith.codec import Codec, midpoints, normal_levels
+from kvsmith.fused import UNLIMITED
 from kvsmith.geometry import LayerGeometry
 from kvsmith.key_rotation import KeyRotation, turns_halves
 from kvsmith.layout import DTYPES
@@ -56,6 +57,7 @@ class _Causal:
 
     padding = None
     is_causal = True
+    reach = UNLIMITED
 
     def window(self, rows: slice, columns: slice) -> torch.Tensor | None:
         return None

@@ -13,16 +13,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Protocol
 
 import torch
 
 from kvsmith.errors import explain
 from kvsmith.kernels.attend_encoded import reference
+from kvsmith.kernels.choice import Impl, preferred
 from kvsmith.kernels.format import Format, Tables
 from kvsmith.kernels.partial import Partial
 
-Impl = Literal["triton", "reference"]
+
+class EncodedPage(Protocol):
+    """A page: tensors [B, ...] of its keys and of its values as `encode_pack` names them, views of
+    one buffer.
+    """
+
+    @property
+    def sides(self) -> tuple[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]]:
+        """Of keys, of values."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +54,7 @@ class Body:
     """Encoded tokens of one layer.
 
     Attributes:
-        pages: the pages that are still held, in order; of each the tensors of keys and of values
-            [B, ...] as `encode_pack` names them, views of one buffer.
+        pages: the pages that are still held, in order.
         table: [>= pages] int64 addresses of the buffers, on the device; None makes one.
         heads: KV heads H.
         page_size: tokens of a page.
@@ -54,7 +62,7 @@ class Body:
         k, v: how keys and values are stored.
     """
 
-    pages: Sequence[tuple[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]]]
+    pages: Sequence[EncodedPage]
     table: torch.Tensor | None
     heads: int
     page_size: int
@@ -142,7 +150,7 @@ def attend_encoded(
         counts: [5] int64 on the device: body.stop, body.begin, query, recent.start, recent.count,
             which the kernel then reads in their place, so that a CUDA graph can be replayed as
             these grow within the pages of the table; None for the numbers given.
-        impl: "triton", "reference", None chooses by device.
+        impl: who computes it; None for `choice.preferred` where the kernel supports the layer.
 
     Returns:
         Partial with out [B, H * G, T, Dv] and lse [B, H * G, T], float32.
@@ -155,7 +163,7 @@ def attend_encoded(
         shapes = f"q {tuple(q.shape)}, {H} KV heads of {body.k.dim}"
         raise ValueError(explain("attend_encoded", "shapes", "q [B, H * G, T, D]", shapes))
     if impl is None:
-        impl = "reference" if q.device.type == "cpu" or unsupported(body, q.shape) else "triton"
+        impl = "reference" if unsupported(body, q.shape) else preferred(q.device)
     if impl == "reference":
         return reference.attend_encoded(q, body, sinks, recent, query, logits, rope, first)
     if why := unsupported(body, q.shape):

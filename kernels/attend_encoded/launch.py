@@ -46,7 +46,7 @@ def attend_encoded(
     logs = torch.empty((B * H, splits + 1, R), dtype=torch.float32, device=device)
     turns = rope.turns if rope is not None else none.double()
     tensors = (*_tables(body.k), *_tables(body.v))
-    at = [none if w.positions is None else w.positions for w in (sinks, recent)]
+    at = _positions(sinks, recent, none)
     kernels.attend_kernel[(B, H, splits + 1)](
         q.contiguous(),
         parts,
@@ -68,8 +68,8 @@ def attend_encoded(
         1.0 if rope is None else rope.scale,
         logits.softcap or 0.0,
         logits.window if logits.window is not None else 1 << 62,
-        body.pages[0][0]["codes"].stride(0) if body.pages else 0,
-        int(at[0].dim() == 2 and at[0].shape[0] > 1),
+        body.pages[0].sides[0]["codes"].stride(0) if body.pages else 0,
+        int(at[0].dim() == 2 and len(at[0]) > 1),
         splits,
         **constants(body, R, T_NEW, (sinks.k.shape[2], recent.k.shape[2]), rope, logits, backend()),
         WIDE=kernels.interpreting() and q.dtype == torch.bfloat16,
@@ -79,6 +79,15 @@ def attend_encoded(
     lse = torch.empty((B, Hq, T_NEW), dtype=torch.float32, device=device)
     merge_kernel[(B * H, R)](parts, logs, out, lse, splits + 1, R=R, DV=DV, WIDTH=power(DV))
     return Partial(out, lse)
+
+
+def _positions(sinks: Window, recent: Window, none: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Position ids of both windows with as many rows each."""
+    a, b = sinks.positions, recent.positions
+    if a is None or b is None:
+        return none, none
+    rows = max(len(a), len(b))
+    return a.expand(rows, -1).contiguous(), b.expand(rows, -1).contiguous()
 
 
 def count_splits(tokens: int, tile: int, rows: int, device: torch.device) -> int:
@@ -96,7 +105,7 @@ def page_table(body: Body, device: torch.device) -> torch.Tensor:
     """Addresses of the pages, [pages] int64 (one that is never read where there is none)."""
     if body.table is not None:
         return body.table
-    found = [page[0]["codes"].data_ptr() for page in body.pages]
+    found = [page.sides[0]["codes"].data_ptr() for page in body.pages]
     return torch.tensor(found or [0], dtype=torch.int64, device=device)
 
 
@@ -140,7 +149,7 @@ def constants(
         "HAS_CAP": logits.softcap is not None,
         "STORE": STORE[str(fmt.store)],
     }
-    base = body.pages[0][0]["codes"].data_ptr() if body.pages else 0
+    base = body.pages[0].sides[0]["codes"].data_ptr() if body.pages else 0
     for i, (name, side) in enumerate((("K", body.k), ("V", body.v))):
         f = side.format
         kind = "calibrated" if side.tables.scale is not None else str(f.axis)
@@ -152,7 +161,7 @@ def constants(
             f"{name}_GROUP": f.group,
             f"{name}_SLOTS": f.slots,
         }
-        tensors = body.pages[0][i] if body.pages else {}
+        tensors = body.pages[0].sides[i] if body.pages else {}
         for part in ("codes", "scale", "zero", "index", "value", "start"):
             place = tensors[part].data_ptr() - base if part in tensors else 0
             out[f"{name}_{part.upper()}"] = place

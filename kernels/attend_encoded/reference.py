@@ -52,7 +52,7 @@ def decode_body(body: Body, like: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     """Readable body tokens, [B, H, C, D] float32 keys as stored and values."""
     dense = []
     for i, side in enumerate((body.k, body.v)):
-        pages = [decode(page[i], side.format, side.tables, side.dim) for page in body.pages]
+        pages = [decode(page.sides[i], side.format, side.tables, side.dim) for page in body.pages]
         empty = like.new_zeros((like.shape[0], body.heads, 0, side.dim), dtype=torch.float32)
         dense.append(torch.cat([empty, *pages], dim=2)[:, :, : body.stop - body.begin])
     return dense[0], dense[1]

@@ -8,11 +8,10 @@ which heavy-hitter eviction accumulates (H2O, arXiv:2306.14048).
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 
 from kvsmith.errors import explain
+from kvsmith.kernels.choice import Impl, preferred
 from kvsmith.kernels.column_scores import reference
 
 
@@ -24,7 +23,7 @@ def column_scores(
     scale: float,
     mask: torch.Tensor | None = None,
     softcap: float | None = None,
-    impl: Literal["triton", "reference"] | None = None,
+    impl: Impl | None = None,
 ) -> torch.Tensor:
     """Sum the attention that each token receives.
 
@@ -36,8 +35,7 @@ def column_scores(
         scale: factor on the logits.
         mask: [B or 1, H * G or 1, T or 1, C] bool, true where a query sees a token; None for all.
         softcap: logits become softcap * tanh(logits / softcap); None for none.
-        impl: who computes it; None for triton on a GPU, except for float64, and the reference
-            elsewhere.
+        impl: who computes it; None for `choice.preferred`, and for the reference with float64.
 
     Returns:
         [B, H, C] float32, probabilities summed over T queries and G heads.
@@ -49,8 +47,9 @@ def column_scores(
         shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, lse {tuple(lse.shape)}"
         expected = "q [B, H*G, T, D], k [B, H, C, D], lse [B, H*G, T]"
         raise ValueError(explain("column_scores", "shapes", expected, shapes))
-    on_gpu = k.is_cuda and k.dtype != torch.float64
-    if impl == "reference" or (impl is None and not on_gpu):
+    if impl is None:
+        impl = "reference" if k.dtype == torch.float64 else preferred(k.device)
+    if impl == "reference":
         return reference.column_scores(q, k, lse, scale, mask, softcap)
     from kvsmith.kernels.column_scores import triton
 

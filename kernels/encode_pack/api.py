@@ -10,11 +10,11 @@ reads one head reads its own corrections alone: start[h] .. start[h + 1] - 1 are
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
 
 import torch
 
 from kvsmith.errors import explain
+from kvsmith.kernels.choice import Impl, preferred
 from kvsmith.kernels.encode_pack import reference
 from kvsmith.kernels.format import Format, Tables, index_dtype
 from kvsmith.kernels.pack.api import packed_bytes
@@ -26,7 +26,7 @@ def encode_pack(
     tables: Tables,
     *,
     out: Mapping[str, torch.Tensor] | None = None,
-    impl: Literal["triton", "reference"] | None = None,
+    impl: Impl | None = None,
 ) -> dict[str, torch.Tensor]:
     """Encode a block of tokens.
 
@@ -37,8 +37,8 @@ def encode_pack(
         tables: codebook and calibrated ranges, on the device of x.
         out: tensors of the result's shapes and dtypes to write to, contiguous but for their outer
             strides (views of a page); None for new ones.
-        impl: who computes it; None for triton on a GPU and the reference elsewhere, and for head
-            dims that are no multiple of 8, whose bytes straddle the kernel's runs.
+        impl: who computes it; None for `choice.preferred`, and for the reference at head dims that
+            are no multiple of 8, whose bytes straddle the kernel's runs.
 
     Returns:
         `codes` [B, H, T, bytes] uint8; `scale` and `zero` for online ranges, [B, T] | [B, H, T, D /
@@ -60,7 +60,9 @@ def encode_pack(
     dim = x.shape[3]
     if impl == "triton" and dim % 8:
         raise ValueError(explain("encode_pack", "head dim", "a multiple of 8 for triton", dim))
-    if impl == "reference" or (impl is None and (not x.is_cuda or dim % 8)):
+    if impl is None:
+        impl = "reference" if dim % 8 else preferred(x.device)
+    if impl == "reference":
         made = reference.encode_pack(x, fmt, tables)
         if out is None:
             return made

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
+from functools import cached_property
 from typing import Any
 
 import torch
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    causal_mask_function,
+    sdpa_mask,
+)
+
+from kvsmith.fused import UNLIMITED
 
 
 class LazyMask:
@@ -32,6 +40,17 @@ class LazyMask:
             and bool(arguments.get("allow_is_causal_skip", False))
             and (local is None or end <= local)
         )
+
+    @cached_property
+    def reach(self) -> int | None:
+        """See `attention.Mask`."""
+        found = _reach(self.arguments.get("mask_function", causal_mask_function))
+        if found is None or self.padding is None:
+            return found
+        mask = self.arguments["attention_mask"]
+        columns = torch.arange(mask.shape[-1], device=mask.device)
+        left = columns >= self.padding[:, None]
+        return found if torch.equal(mask.bool(), left) else None
 
     def window(self, rows: slice, columns: slice) -> torch.Tensor | None:
         """See `attention.Mask`."""
@@ -72,6 +91,7 @@ class TensorMask:
 
     padding = None
     is_causal = False
+    reach = None
 
     def __init__(self, mask: torch.Tensor) -> None:
         self.mask = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
@@ -79,6 +99,24 @@ class TensorMask:
     def window(self, rows: slice, columns: slice) -> torch.Tensor | None:
         """See `attention.Mask`."""
         return self.mask[:, :, rows, columns]
+
+
+def _reach(function: Any) -> int | None:
+    """Columns that a query sees back by a mask function of transformers that is causal, or causal
+    and a sliding window; None for any other.
+    """
+    if function is causal_mask_function:
+        return UNLIMITED
+    if getattr(function, "__qualname__", "") != "and_masks.<locals>.and_mask":
+        return None
+    parts = inspect.getclosurevars(function).nonlocals["mask_functions"]
+    reach = UNLIMITED
+    for part in parts:
+        if getattr(part, "__qualname__", "") == "sliding_window_overlay.<locals>.inner_mask":
+            reach = min(reach, inspect.getclosurevars(part).nonlocals["sliding_window"])
+        elif part is not causal_mask_function:
+            return None
+    return reach if causal_mask_function in parts else None
 
 
 def make_mask(**arguments: Any) -> LazyMask:

@@ -93,7 +93,7 @@ def make_layer(
         one, end = new_page(layout, k), min(encoded, at + page)
         for c, tensors, x in zip(codecs, one.sides, (k, v), strict=True):
             write(tensors, c, 0, x[:, :, sinks + at : sinks + end])
-        pages.append(one.sides)
+        pages.append(one)
     begin = min(freed, len(pages)) * page
     first = None if padding is None else torch.tensor(padding)
     start = torch.zeros(batch, dtype=torch.int64) if first is None else first

@@ -150,7 +150,7 @@ def test_bytes_named_are_those_stored(codec, bits):
     each = (named(20 + 192, 1) - base) / 128
     program = named(20 + 64, 2) - base
     page = make_layer(codec, bits, 148, heads=8, dim=128, batch=1, page=128).body.pages[0]
-    stored = sum(t.nbytes for side in page for t in side.values()) / 128
+    stored = sum(t.nbytes for side in page.sides for t in side.values()) / 128
     splits = launch.count_splits(tokens, 64, 8, q.device)
     assert 1 <= (each * tokens + splits * program) / (stored * tokens) <= 1.10
 

@@ -59,7 +59,7 @@ def test_calibrates_and_caches_and_counts_what_is_allocated(
         want = model(ids).logits[:, 200:]
     errors = []
     for codec in codecs.values():
-        assert outlier_slots(codec.k, kv_heads, head_dim) == slots
+        assert outlier_slots(codec.k, kv_heads, head_dim, codec.block_size) == slots
         spec, parameters = CacheSpec(codec), parameters_for(folder, codec)
         cache = make_cache(model, spec, parameters)
         size = footprint(model, cache, ids, shape.elements, 2, 3)

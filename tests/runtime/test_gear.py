@@ -129,6 +129,7 @@ class Everything:
 
     padding = None
     is_causal = False
+    reach = None
     pairs_halves = True
 
     def window(self, rows, columns):

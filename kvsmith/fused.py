@@ -1,0 +1,99 @@
+"""A decoding step of one layer as a single operation, where the kernel knows all about the layer.
+
+`attention.attend_store` asks here first. What `attend_encoded` does not serve - an evicting or
+low-rank cache, a rotation, a mask of the model's own, RoPE of another form or at positions with
+gaps - goes its general way, in chunks.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from kvsmith.kernels.attend_encoded.api import (
+    Logits,
+    Rope,
+    Window,
+    attend_encoded,
+    unsupported,
+)
+from kvsmith.kernels.choice import preferred
+from kvsmith.kernels.partial import Partial
+from kvsmith.key_rotation import KeyRotation
+from kvsmith.regular import regular_rope, window_ids
+from kvsmith.store import LayerStore
+
+if TYPE_CHECKING:
+    from kvsmith.attention import Mask, Rotation, Scores
+
+# Columns that a query without a sliding window sees back.
+UNLIMITED = 1 << 62
+
+
+def attend_step(
+    q: torch.Tensor,
+    store: LayerStore,
+    query: int,
+    mask: Mask,
+    rotate: Rotation,
+    scores: Scores,
+) -> Partial | None:
+    """Attend to everything that a layer stores, the queries' own tokens included.
+
+    Args:
+        q: [B, Hq, T, D] rotated queries.
+        store: the layer; the queries' tokens are in it.
+        query: column of the first query.
+        mask: visibility.
+        rotate: RoPE of stored keys.
+        scores: scale and its like.
+
+    Returns:
+        Partial with out [B, Hq, T, Dv], without the learned sink of `scores`; None where the
+        general way is to be gone.
+    """
+    if preferred(q.device) == "reference" or not _serves(q, store, mask, rotate):
+        return None
+    body = store.body()
+    if unsupported(body, q.shape):
+        return None
+    assert isinstance(rotate, KeyRotation) and store.sinks is not None and store.recent is not None
+    positions, tail = rotate.positions, store.length - store.body_end
+    rope: Rope | None = None
+    at: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
+    if rotate.source is not None:
+        stop, padding = store.body_end, store.padding
+        rope = regular_rope(positions, rotate.source, stop, padding, q.shape[-1], q.shape[0])
+        if rope is None:
+            return None
+        room = store.recent[0].shape[2]
+        at = window_ids(positions, store.spec.sinks, padding, stop, room)
+    numbers = (body.stop, body.begin, query, store.body_end, tail)
+    return attend_encoded(
+        q,
+        body,
+        Window(*store.sinks, at[0], 0, store.spec.sinks),
+        Window(*store.recent, at[1], store.body_end, tail),
+        query,
+        Logits(scores.scale, scores.softcap, None if mask.reach == UNLIMITED else mask.reach),
+        rope=rope,
+        first=store.padding,
+        counts=positions.shared(("counts", *numbers, q.device), lambda: _sent(numbers, q.device)),
+        impl="triton",
+    )
+
+
+def _serves(q: torch.Tensor, store: LayerStore, mask: Mask, rotate: Rotation) -> bool:
+    """Whether the layer, the mask and the rotation are of the plain kind."""
+    if not isinstance(rotate, KeyRotation) or not rotate.pairs_halves or mask.reach is None:
+        return False
+    if (mask.padding is None) != (store.padding is None):
+        return False
+    # The queries' own tokens must be among the dense ones, as they came.
+    return 0 < store.encoded and q.shape[2] <= store.spec.recent and store.is_plain
+
+
+def _sent(numbers: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """[5] int64 on a device, without waiting for it."""
+    return torch.tensor(numbers, dtype=torch.int64).to(device, non_blocking=True)
