@@ -4,10 +4,11 @@
     python -m kvsmith.kernels.bench --end-to-end | --fill [--out FILE]
     python -m kvsmith.kernels.bench --aot [--quick] [--out FILE]
 
-Without these, times encode_pack and column_scores on the GPU: an op whose result differs from its
-reference is not timed. Prints and writes, for each op and shape, the 20th, 50th and 80th percentile
-of the time, the bytes a second, and their share of a measured copy. `$OUT` is where the JSON goes
-without `--out`. `--quick` is one model at batch 1. Without a GPU: one line, and exit code 2.
+Without these, times attend_encoded, encode_pack and column_scores on the GPU: an op whose result
+differs from its reference is not timed. Prints and writes, for each op and shape, the 20th, 50th
+and 80th percentile of the time, the bytes a second, their share of a measured copy, and how many
+times faster than the best of torch's attention on a dense bfloat16 cache. `$OUT` is where the JSON
+goes without `--out`. `--quick` is one model at batch 1. Without a GPU: one line, and exit code 2.
 
 `--end-to-end` decodes after 128K tokens on the shape of Llama-3-8B with random weights, against
 DynamicCache; `--fill` stores as many tokens at 2 bits as fit, decodes one and records the peak.
@@ -32,12 +33,27 @@ from typing import Any
 import torch
 
 from kvsmith.kernels import aot
-from kvsmith.kernels.bench_ops import CHECKS, ROWS, Shape, shapes
+from kvsmith.kernels.bench_attend import attend_rows, check_attend
+from kvsmith.kernels.bench_ops import (
+    Shape,
+    check_column_scores,
+    check_encode_pack,
+    column_rows,
+    encode_rows,
+    shapes,
+)
 from kvsmith.kernels.bench_time import copy_bandwidth, environment
 
 MINUTES = {False: 8.0, True: 1.5}
 COPY_BYTES = 1 << 30
 FILLED = 0.95  # of the free memory; the rest is for one step
+# By op: what differs from the reference, and the rows of a shape.
+CHECKS = {
+    "attend_encoded": check_attend,
+    "encode_pack": check_encode_pack,
+    "column_scores": check_column_scores,
+}
+ROWS = {"attend_encoded": attend_rows, "encode_pack": encode_rows, "column_scores": column_rows}
 NO_GPU = "kvsmith.kernels.bench: a GPU is needed; --aot runs without one\n"
 
 
@@ -100,11 +116,12 @@ def finished(row: dict[str, Any], shape: Shape, bandwidth: float) -> dict[str, A
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as text."""
     lines = [f"{'op':16}{'shape':26}{'bits':>5}{'p20 us':>10}{'p50 us':>10}{'p80 us':>10}"]
-    lines[0] += f"{'GB/s':>9}{'of copy':>9}"
+    lines[0] += f"{'GB/s':>9}{'of copy':>9}{'x dense':>9}"
     for row in rows:
         times = "".join(f"{row['time'][p] * 1e6:10.1f}" for p in ("p20", "p50", "p80"))
         line = f"{row['op']:16}{str(Shape(**row['shape'])):26}{row['bits']:5}{times}"
-        lines.append(line + f"{row['gb_per_s']:9.1f}{row['share_of_copy']:9.1%}")
+        line += f"{row['gb_per_s']:9.1f}{row['share_of_copy']:9.1%}"
+        lines.append(line + (f"{row['speedup']:9.2f}" if "speedup" in row else ""))
     return "\n".join(lines)
 
 

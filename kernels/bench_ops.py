@@ -106,9 +106,6 @@ def check_column_scores(device: torch.device) -> str:
     return "" if error <= 1e-4 else f"error {error:.1e} against the reference"
 
 
-CHECKS = {"encode_pack": check_encode_pack, "column_scores": check_column_scores}
-
-
 def encode_rows(shape: Shape, device: torch.device, seconds: float) -> Iterator[dict[str, Any]]:
     """One row a side and width: a page of tokens, of which a long prompt is made."""
     tokens = min(shape.tokens, 4096)
@@ -136,6 +133,3 @@ def column_rows(shape: Shape, device: torch.device, seconds: float) -> Iterator[
     taken = time_calls([lambda: column_scores(q, k, lse, scale=0.088)], device, seconds)
     nbytes = k.nbytes + 4 * shape.batch * shape.kv_heads * shape.tokens
     yield {"op": "column_scores", "bits": 16, "bytes": nbytes, "time": taken}
-
-
-ROWS = {"encode_pack": encode_rows, "column_scores": column_rows}

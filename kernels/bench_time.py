@@ -19,6 +19,7 @@ Call = Callable[[], object]
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
 ROTATED_BYTES = 512 << 20  # several times the L2 of any device

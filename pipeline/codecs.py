@@ -1,7 +1,7 @@
 """Codecs by their names in `conf/codec/`.
 
-A name with a hyphen is a preset: it says when to take a codec (`quality-4`), and its file names that
-codec.
+A name with a hyphen is a preset: it says when to take a codec (`quality-4`), and its file names
+that codec.
 """
 
 from __future__ import annotations

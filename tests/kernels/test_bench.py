@@ -2,11 +2,12 @@
 
 import json
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 
-from kvsmith.kernels import bench, bench_ops, bench_time
+from kvsmith.kernels import bench, bench_attend, bench_ops, bench_time
 from kvsmith.kernels.bench_ops import Shape
 
 CPU = torch.device("cpu")
@@ -63,16 +64,34 @@ def test_shapes_cover_models_batches_and_lengths_that_fit():
 def test_an_op_that_is_wrong_is_not_timed(monkeypatch):
     monkeypatch.setitem(bench.CHECKS, "encode_pack", lambda device: "codes differ")
     monkeypatch.setitem(bench.CHECKS, "column_scores", lambda device: "")
+    monkeypatch.setitem(bench.CHECKS, "attend_encoded", lambda device: "wrong")
     rows, left_out = bench.run_ops([SMALL], CPU, 0.0, time.monotonic() + 60, 1e9)
     assert {r["op"] for r in rows} == {"column_scores"}
-    assert left_out == ["encode_pack is not timed: codes differ"]
+    assert left_out == [
+        "attend_encoded is not timed: wrong",
+        "encode_pack is not timed: codes differ",
+    ]
     text = bench.table([json.loads(json.dumps(r)) for r in rows])
     assert "column_scores" in text and "llama-3-8b B=1" in text
     row = rows[0]
     assert row["gb_per_s"] == pytest.approx(row["bytes"] / row["time"]["p50"] / 1e9)
-    assert bench.run_ops([SMALL], CPU, 0.0, time.monotonic() - 1, 1e9)[1][1].endswith(
+    assert bench.run_ops([SMALL], CPU, 0.0, time.monotonic() - 1, 1e9)[1][2].endswith(
         "no time left"
     )
+
+
+def test_attention_is_checked_and_timed_beside_the_dense_one(monkeypatch):
+    monkeypatch.setattr(bench_attend, "copies_beyond_cache", lambda nbytes: 2)
+    assert bench_attend.check_attend(CPU) == ""
+    row = next(bench_attend.attend_rows(replace(SMALL, tokens=64, batch=2), CPU, 0.0))
+    assert (row["op"], row["bits"]) == ("attend 1%", 4) and row["dense"] in ("flash", "math")
+    assert row["speedup"] == row["dense_p50"] / row["time"].p50
+    rows, _ = bench.run_ops([], CPU, 0.0, time.monotonic() + 60, 1e9)
+    assert rows == []
+    done = bench.finished(row, SMALL, 1e9)
+    assert bench.table([done]).splitlines()[1].split()[-1] == f"{row['speedup']:.2f}"
+    # 32 of 64 tokens stay dense; 16 are encoded in 2 heads of 32, 4 bits and outliers.
+    assert 0 < row["bytes"] < 4 * 2 * 2 * 32 * 64
 
 
 def test_rows_of_encoding(monkeypatch):
@@ -85,7 +104,7 @@ def test_rows_of_encoding(monkeypatch):
 
 @pytest.mark.parametrize("op", ["encode_pack", "column_scores"])
 def test_the_checks_see_a_wrong_result(op, monkeypatch):
-    assert bench_ops.CHECKS[op](CPU) == ""
+    assert bench.CHECKS[op](CPU) == ""
     wrong = getattr(bench_ops, op)
 
     def spoiled(*args, impl=None, **kwargs):
@@ -96,7 +115,7 @@ def test_the_checks_see_a_wrong_result(op, monkeypatch):
         return result
 
     monkeypatch.setattr(bench_ops, op, spoiled)
-    assert "reference" in bench_ops.CHECKS[op](CPU)
+    assert "reference" in bench.CHECKS[op](CPU)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
