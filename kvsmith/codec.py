@@ -149,13 +149,13 @@ class Codec:
             return {"dense": x if out is None else out["dense"].copy_(x)}
         if self.rotation is not None:
             x = x.float() @ self.rotation
-        tensors = encode_pack(x, self.format, self.tables, out=out)
-        if self.factors and self.spec.low_rank:
-            error = x.float() - decode(tensors, self.format, self.tables, self.dim)
-            for name, part in fit_low_rank(
-                error, self.factors, rank or self.spec.low_rank.rank
-            ).items():
-                tensors[name] = part if out is None else out[name].copy_(part)
+        if not self.factors or not self.spec.low_rank:
+            return encode_pack(x, self.format, self.tables, out=out)
+        error = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+        tensors = encode_pack(x, self.format, self.tables, out=out, left=error)
+        factors = fit_low_rank(error, self.factors, rank or self.spec.low_rank.rank)
+        for name, part in factors.items():
+            tensors[name] = part if out is None else out[name].copy_(part)
         return tensors
 
     def decode(self, tensors: Mapping[str, torch.Tensor], turned: bool = False) -> torch.Tensor:

@@ -26,6 +26,7 @@ def encode_pack(
     tables: Tables,
     *,
     out: Mapping[str, torch.Tensor] | None = None,
+    left: torch.Tensor | None = None,
     impl: Impl | None = None,
 ) -> dict[str, torch.Tensor]:
     """Encode a block of tokens.
@@ -37,8 +38,10 @@ def encode_pack(
         tables: codebook and calibrated ranges, on the device of x.
         out: tensors of the result's shapes and dtypes to write to, contiguous but for their outer
             strides (views of a page); None for new ones.
-        impl: who computes it; None for `choice.preferred`, and for the reference at head dims that
-            are no multiple of 8, whose bytes straddle the kernel's runs.
+        left: room for x minus its decoded value, [B, H, T, D] float32, contiguous, for a low-rank
+            term; None where nobody asks.
+        impl: who computes it; None for `choice.preferred`, and for the reference where triton does
+            not serve the layout (see `unserved`).
 
     Returns:
         `codes` [B, H, T, bytes] uint8; `scale` and `zero` for online ranges, [B, T] | [B, H, T, D /
@@ -57,13 +60,13 @@ def encode_pack(
         raise ValueError(
             explain("encode_pack", "tokens", f"a multiple of block = {fmt.block}", x.shape[2])
         )
-    dim = x.shape[3]
-    if impl == "triton" and dim % 8:
-        raise ValueError(explain("encode_pack", "head dim", "a multiple of 8 for triton", dim))
+    why = unserved(fmt, x.shape[3])
+    if impl == "triton" and why:
+        raise ValueError(explain("encode_pack", "layout", "one that triton serves", why))
     if impl is None:
-        impl = "reference" if dim % 8 else preferred(x.device)
+        impl = "reference" if why else preferred(x.device)
     if impl == "reference":
-        made = reference.encode_pack(x, fmt, tables)
+        made = reference.encode_pack(x, fmt, tables, left)
         if out is None:
             return made
         for name, tensor in made.items():
@@ -72,8 +75,22 @@ def encode_pack(
     from kvsmith.kernels.encode_pack import triton
 
     result = _empty(x, fmt) if out is None else dict(out)
-    triton.encode_pack(x, fmt, tables, result)
+    triton.encode_pack(x, fmt, tables, result, left)
     return result
+
+
+def unserved(fmt: Format, dim: int) -> str | None:
+    """Why the kernel cannot encode a layout; None where it can.
+
+    Args:
+        fmt: the layout.
+        dim: channels of a head D.
+    """
+    if dim % 8:
+        return f"head dim {dim}, no multiple of 8"
+    if fmt.slots and fmt.group:
+        return f"outliers beside ranges of groups of {fmt.group}"
+    return None
 
 
 def _empty(x: torch.Tensor, fmt: Format) -> dict[str, torch.Tensor]:

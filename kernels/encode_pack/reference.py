@@ -14,7 +14,9 @@ from kvsmith.kernels.pack.api import pack
 _INF = float("inf")
 
 
-def encode_pack(x: torch.Tensor, fmt: Format, tables: Tables) -> dict[str, torch.Tensor]:
+def encode_pack(
+    x: torch.Tensor, fmt: Format, tables: Tables, left: torch.Tensor | None = None
+) -> dict[str, torch.Tensor]:
     """See `api.encode_pack`."""
     x = x.float()
     B, H, T, D = x.shape
@@ -31,8 +33,11 @@ def encode_pack(x: torch.Tensor, fmt: Format, tables: Tables) -> dict[str, torch
     normal = ((x - zero) / scale).masked_fill(scale == 0, 0.0)
     codes = torch.bucketize(normal, tables.edges, out_int32=True)
     tensors["codes"] = pack(codes.to(torch.uint8), fmt.bits)
+    if fmt.slots == 0 and left is None:
+        return tensors
+    error = tables.lut.index_select(0, codes.reshape(-1)).view(x.shape)
+    error = torch.sub(x, error.mul_(scale).add_(zero), out=left)
     if fmt.slots:
-        error = x - (tables.lut[codes] * scale + zero)
         if place is None:
             worst = normal if fmt.outliers == "threshold" else error
             tokens = worst.abs().transpose(1, 2).reshape(B, T, H * D)
@@ -41,11 +46,23 @@ def encode_pack(x: torch.Tensor, fmt: Format, tables: Tables) -> dict[str, torch
         value = _blocks(error, fmt).gather(-1, place)
         if fmt.outliers == "threshold":
             value *= _blocks(normal, fmt).gather(-1, place).abs() > 1
+        limit = torch.finfo(fmt.store).max
+        value = value.clamp_(-limit, limit).to(fmt.store)
+        if left is not None:
+            _subtract(left, place, value, fmt)
         if spare := fmt.block * fmt.slots - place.shape[2]:
             place = torch.cat([place, place[:, :, -1:].expand(-1, -1, spare)], dim=2)
             value = F.pad(value, (0, spare))
         tensors |= _by_head(place, value, fmt, H, D)
     return tensors
+
+
+def _subtract(x: torch.Tensor, place: torch.Tensor, value: torch.Tensor, fmt: Format) -> None:
+    """Take corrections at positions that `_blocks` counts from x [B, H, T, D]."""
+    T, area = x.shape[2], fmt.block * x.shape[3]
+    flat = place // area * (T * x.shape[3]) + place % area
+    flat += torch.arange(place.shape[1], device=x.device)[:, None] * area
+    x.view(x.shape[0], -1).scatter_add_(1, flat.flatten(1), -value.float().flatten(1))
 
 
 def _places(index: torch.Tensor, fmt: Format, dim: int) -> torch.Tensor:
@@ -72,10 +89,9 @@ def _by_head(
     area = fmt.block * dim
     firsts = torch.arange(heads + 1, device=place.device) * area
     start = torch.searchsorted(place, firsts.expand(*place.shape[:2], -1).contiguous())
-    limit = torch.finfo(fmt.store).max
     return {
         "index": (place % area).to(index_dtype(area - 1)),
-        "value": value.clamp(-limit, limit).to(fmt.store),
+        "value": value,
         "start": start.to(index_dtype(place.shape[2])),
     }
 

@@ -140,12 +140,12 @@ def _store_plane(
 def encode_kernel(
     p_x, s_xb, s_xh, s_xt, p_lut, p_edges, p_tscale, p_tzero,
     p_codes, s_cb, s_ch, s_ct, p_scale, p_zero, s_rb, s_rh, s_rt,
-    p_place, p_value, p_count, T, H, PER,
+    p_place, p_value, p_count, p_left, T, H, PER,
     BITS: tl.constexpr, RANGE: tl.constexpr, RULE: tl.constexpr, N: tl.constexpr,
     GROUP: tl.constexpr, D: tl.constexpr, W: tl.constexpr,
     TP: tl.constexpr, HP: tl.constexpr, RP: tl.constexpr,
     LOW: tl.constexpr, LIMIT: tl.constexpr, SCAN: tl.constexpr, KEEP: tl.constexpr,
-    PACK: tl.constexpr,
+    PACK: tl.constexpr, LEFT: tl.constexpr,
 ):  # fmt: skip
     """Tokens [first, first + PER) of one row, TP at a time; HP heads from i_h on."""
     RUN: tl.constexpr = D // 8
@@ -204,6 +204,7 @@ def encode_kernel(
         normal = tl.where(flat, 0.0, normal)
         code, level = _code(normal, p_edges, p_lut, BITS, SCAN)
         error = x - (level * scale + zero)
+        left = error
         end = tl.minimum(T, i_t + GROUP) if RANGE == 3 else T
         p_base = p_codes + i_b * s_cb
         # Planes of BITS, low bits first.
@@ -231,6 +232,7 @@ def encode_kernel(
                 taken = _largest(tl.where(m_x, _order_key(tl.abs(error), 0), -1), N, 0) & m_x
             slot = tl.cumsum(taken.to(tl.int32), 1) - 1
             value = tl.clamp(error, -LIMIT, LIMIT).to(p_value.dtype.element_ty)
+            left = tl.where(taken, left - value.to(tl.float32), left)
             p_list = (i_b * T + o_t.to(tl.int64))[:, None] * N + slot
             tl.store(
                 p_place + p_list,
@@ -242,6 +244,9 @@ def encode_kernel(
             o_h = tl.arange(0, HP)
             p_counts = (i_b * T + o_t.to(tl.int64))[:, None] * H + o_h[None, :]
             tl.store(p_count + p_counts, count, mask=m_t[:, None] & (o_h < H)[None, :])
+        if LEFT:
+            o_row = ((i_b * H + h)[None, :] * T + o_t[:, None]) * D
+            tl.store(p_left + o_row + channel[None, :], left, mask=m_x)
 
 
 @triton.jit
@@ -325,7 +330,11 @@ def order_shape(fmt: Format, heads: int, dim: int) -> dict[str, int]:
 
 
 def encode_pack(
-    x: torch.Tensor, fmt: Format, tables: Tables, out: Mapping[str, torch.Tensor]
+    x: torch.Tensor,
+    fmt: Format,
+    tables: Tables,
+    out: Mapping[str, torch.Tensor],
+    left: torch.Tensor | None = None,
 ) -> None:
     """See `api.encode_pack`; `out` holds every tensor of the result."""
     B, H, T, D = x.shape
@@ -350,7 +359,8 @@ def encode_pack(
         tables.lut if tables.scale is None else tables.scale,
         tables.lut if tables.zero is None else tables.zero,
         codes, *codes.stride()[:3], scale, zero, *_range_strides(scale, shape["RANGE"]),
-        *lists, T, H, per, **shape, LOW=LOW_BITS[x.dtype],
+        *lists, tables.lut if left is None else left, T, H, per, **shape,
+        LOW=LOW_BITS[x.dtype], LEFT=left is not None,
         num_warps=encode_warps(shape), enable_fp_fusion=False,
     )  # fmt: skip
     if fmt.slots:

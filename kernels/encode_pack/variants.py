@@ -21,16 +21,20 @@ def encode_variants() -> list[Variant]:
     cases = [(f, 8, 128, "bf16") for f in keys + values + plain + grouped]
     cases += [(f, 32, 128, "fp16") for f in wide]
     cases += [(values[0], 8, 80, "fp16"), (keys[0], 4, 96, "fp32"), (grouped[1], 2, 256, "bf16")]
-    return [_encode_variant(*case) for case in cases]
+    found = [_encode_variant(*case) for case in cases]
+    # Before a low-rank term, which is found from what codes and outliers leave.
+    return found + [
+        _encode_variant(f, 8, 128, "bf16", True) for f in (keys[3], values[0], *grouped)
+    ]
 
 
-def _encode_variant(fmt: Format, heads: int, dim: int, dtype: str) -> Variant:
+def _encode_variant(fmt: Format, heads: int, dim: int, dtype: str, left: bool = False) -> Variant:
     from kvsmith.kernels.encode_pack.triton import encode_kernel, encode_shape, encode_warps
 
     shape = encode_shape(fmt, heads, dim)
     signature: dict[str, str] = {}
     for name in encode_kernel.arg_names:
-        if name in shape or name == "LOW":
+        if name in shape or name in ("LOW", "LEFT"):
             continue
         signature[name] = "i32:16" if name.startswith("s_") else "i32"
         if name.startswith("p_"):
@@ -40,8 +44,10 @@ def _encode_variant(fmt: Format, heads: int, dim: int, dtype: str) -> Variant:
     signature |= {"p_count": "*i32:16"}
     low = {"fp16": 13, "bf16": 16, "fp32": 0}[dtype]
     name = f"{heads}x{dim} {dtype} {fmt.bits} bits {fmt.axis} {fmt.group} {fmt.outliers}"
+    flags = {"LOW": low, "LEFT": left}
+    name += " and what is left" if left else ""
     warps = encode_warps(shape)
-    return Variant("encode_pack", name, encode_kernel, signature, shape | {"LOW": low}, warps)
+    return Variant("encode_pack", name, encode_kernel, signature, shape | flags, warps)
 
 
 def order_variants() -> list[Variant]:

@@ -2,11 +2,11 @@
 
     E [block, D] ~ A B^T,  A [block, R],  B [D, R]
 
-Subspace iteration from a fixed start: orthonormalise B, A = E B, orthonormalise A, B = E^T A. The
-last B is the least-squares one for its A, so the product is A A^T E, E projected. Source: GEAR,
-arXiv:2403.05527v4, algorithm 2. Differs: the factors are orthonormalised in every iteration, which
-changes no product and keeps float32 from losing the weaker directions; the start is fixed, not
-drawn; factors may be quantized, B then being fitted to the quantized A.
+Subspace iteration from a fixed start: A = E B, orthonormalise A, B = E^T A. The last B is the
+least-squares one for its A, so the product is A A^T E, E projected. Source: GEAR,
+arXiv:2403.05527v4, algorithm 2. Differs: A is orthonormalised in every iteration, which changes no
+product and keeps float32 from losing the weaker directions, and B never, which spans the same; the
+start is fixed, not drawn; factors may be quantized, B then being fitted to the quantized A.
 
 Factors lie component by component, `left` [B, H, T / block, R, block] and `right` [B, H, T / block,
 R, D]. Quantized ones have 2^bits levels symmetric around zero, `(2 code + 1) / 2^bits - 1`, and one

@@ -40,7 +40,7 @@ def _iterate(blocks: torch.Tensor, rank: int, iterations: int) -> tuple[torch.Te
     right = start.expand(*blocks.shape[:-2], *start.shape)
     for _ in range(iterations):
         # Thin factors on the left: several times faster than on the right.
-        left = _orthonormal(_orthonormal(right) @ blocks.mT)
+        left = _orthonormal(right @ blocks.mT)
         right = left @ blocks
     return left, right
 

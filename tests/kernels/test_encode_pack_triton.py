@@ -54,8 +54,15 @@ def _equal(got, want):
 
 def _check(fmt, heads, tokens, dim, dtype=torch.float32, batch=1):
     x, tables = _sample(heads, tokens, dim, dtype, batch), _tables(fmt, heads, dim)
-    got = encode_pack(x, fmt, tables, impl="triton")
-    _equal(got, encode_pack(x, fmt, tables, impl="reference"))
+    lefts = [torch.full(x.shape, torch.nan) for _ in range(2)]
+    got, want = (
+        encode_pack(x, fmt, tables, left=left, impl=impl)
+        for left, impl in zip(lefts, ("triton", "reference"), strict=True)
+    )
+    _equal(got | {"left": lefts[0]}, want | {"left": lefts[1]})
+    # The decoded value is rounded once more than what is left.
+    off = lefts[1] - (x.float() - decode(want, fmt, tables, dim))
+    assert float(off.abs().max()) <= 2**-22 * float(x.abs().max())
 
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty", "rounds_to_bfloat16")
@@ -184,11 +191,13 @@ def test_bytes_moved(fmt, limit, monkeypatch):
 def test_what_the_kernel_does_not_serve():
     fmt = Format(4, "token", 0, 0, "none", HALF)
     x = torch.randn(1, 2, 16, 20)
-    with pytest.raises(
-        ValueError, match="encode_pack: head dim must be a multiple of 8 for triton"
-    ):
+    with pytest.raises(ValueError, match="layout must be one that triton serves, got head dim 20"):
         encode_pack(x, fmt, _tables(fmt, 2, 20), impl="triton")
     assert encode_pack(x, fmt, _tables(fmt, 2, 20))["codes"].shape == (1, 2, 16, 10)
+    for axis in ("channel", "token"):
+        fmt = Format(4, axis, 8, 2, "extremes", HALF, 16, 2)
+        with pytest.raises(ValueError, match="got outliers beside ranges of groups of 8"):
+            encode_pack(x[..., :16], fmt, _tables(fmt, 2, 16), impl="triton")
 
 
 def test_wide_tokens_get_their_outliers_in_a_launch_of_their_own(monkeypatch):
