@@ -234,11 +234,8 @@ def encode_kernel(
             value = tl.clamp(error, -LIMIT, LIMIT).to(p_value.dtype.element_ty)
             left = tl.where(taken, left - value.to(tl.float32), left)
             p_list = (i_b * T + o_t.to(tl.int64))[:, None] * N + slot
-            tl.store(
-                p_place + p_list,
-                tl.zeros_like(slot) + (h * D + channel)[None, :],
-                mask=taken,
-            )
+            o_place = tl.zeros_like(slot) + (h * D + channel)[None, :]
+            tl.store(p_place + p_list, o_place, mask=taken)
             tl.store(p_value + p_list, value, mask=taken)
             count = tl.sum(tl.reshape(taken.to(tl.int32), (TP, HP, 8 * RP)), 2)
             o_h = tl.arange(0, HP)
@@ -330,12 +327,9 @@ def order_shape(fmt: Format, heads: int, dim: int) -> dict[str, int]:
 
 
 def encode_pack(
-    x: torch.Tensor,
-    fmt: Format,
-    tables: Tables,
-    out: Mapping[str, torch.Tensor],
+    x: torch.Tensor, fmt: Format, tables: Tables, out: Mapping[str, torch.Tensor],
     left: torch.Tensor | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """See `api.encode_pack`; `out` holds every tensor of the result."""
     B, H, T, D = x.shape
     if x.stride(3) != 1:
@@ -386,11 +380,9 @@ def _order(
 def _lists(x: torch.Tensor, fmt: Format) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Room for each token's outliers (place, value) and how many of them a head has."""
     B, H, T, _ = x.shape
-    size = (B, T, max(fmt.slots, 1)) if fmt.slots else (1,)
-    place = torch.empty(size, dtype=torch.int32, device=x.device)
-    value = torch.empty(size, dtype=fmt.store, device=x.device)
-    counts = (B, T, H) if fmt.slots else (1,)
-    return place, value, torch.empty(counts, dtype=torch.int32, device=x.device)
+    lists, counts = ((B, T, fmt.slots), (B, T, H)) if fmt.slots else ((1,), (1,))
+    place, value = x.new_empty(lists, dtype=torch.int32), x.new_empty(lists, dtype=fmt.store)
+    return place, value, x.new_empty(counts, dtype=torch.int32)
 
 
 def _range_strides(scale: torch.Tensor, span: int) -> tuple[int, int, int]:
