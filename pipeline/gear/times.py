@@ -28,6 +28,7 @@ class Open:
 
     padding = None
     is_causal = True
+    reach = None
     pairs_halves = True
 
     def window(self, rows: slice, columns: slice) -> Tensor | None:
