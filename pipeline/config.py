@@ -13,9 +13,7 @@ import hashlib
 import json
 import os
 import re
-import signal
 import sys
-import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -31,13 +29,19 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 import kvsmith
 from kvsmith.errors import explain
+from kvsmith.pipeline.ranks import (
+    TERMINATED,
+    check_processes,
+    end_on_sigterm,
+    let_the_first_speak,
+    rank,
+    speaks,
+)
 from kvsmith.strict import from_dict, to_dict
 
 T = TypeVar("T")
 
 USER_ERRORS = (ValueError, TypeError, OSError)
-TERMINATED = 128 + signal.SIGTERM
-GRACE = 5.0  # seconds; launchers end all processes within one when one has ended
 NOT_IDENTITY = ("device", "device_map", "workers", "logger")
 
 
@@ -140,6 +144,8 @@ def launch(
     def guarded() -> None:
         check_names()
         check_processes(f"{name}.py", processes)
+        if rank():
+            sys.argv.append("hydra.run.dir=.")  # the first process has a folder for all
         try:
             script()
             checked = [(_typed(cls, name, _plain(c)), Path(folder)) for c, folder in composed]
@@ -167,25 +173,6 @@ def check_names() -> None:
         raise ValueError(explain("locale", "encoding of file names", "UTF-8", got, remedy))
 
 
-def check_processes(script: str, allowed: bool) -> None:
-    """Refuse to do the same work in each of several processes.
-
-    Raises:
-        ValueError: this process is one of several, and the script or a sweep works in one.
-    """
-    count = os.environ.get("WORLD_SIZE", "1")
-    if count == "1":
-        return
-    if not allowed:
-        remedy = "Start it without torchrun."
-        raise ValueError(explain(script, "processes", "1", count, remedy))
-    if {"-m", "--multirun"} & set(sys.argv):
-        remedy = "Start a sweep without torchrun."
-        raise ValueError(explain(script, "processes", "1 with --multirun", count, remedy))
-    if _rank():
-        sys.argv.append("hydra.run.dir=.")  # the leading process has a folder for all
-
-
 def main_guard(run: Callable[[], object]) -> int:
     """Call `run`; turn a user's error into one line on stderr.
 
@@ -199,10 +186,11 @@ def main_guard(run: Callable[[], object]) -> int:
     Raises:
         SystemExit: the work left by itself.
     """
+    end_on_sigterm()
     try:
         run()
     except USER_ERRORS as error:
-        _let_the_first_speak()
+        let_the_first_speak()
         if os.environ.get("KVSMITH_DEBUG") == "1":
             traceback.print_exc()
         else:
@@ -212,21 +200,10 @@ def main_guard(run: Callable[[], object]) -> int:
         sys.stderr.write("interrupted; the same command continues where it stopped\n")
         return 130
     except SystemExit as leaving:
-        if leaving.code == TERMINATED and _rank() == 0:
+        if leaving.code == TERMINATED and speaks():
             sys.stderr.write("stopped by SIGTERM; the same command continues where it stopped\n")
         raise
     return 0
-
-
-def _rank() -> int:
-    """Number of this process among those that were started together."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def _let_the_first_speak() -> None:
-    """What all processes find wrong, the first one says; its end then ends the others."""
-    if _rank():
-        time.sleep(GRACE)
 
 
 def config_hash(config: object, exclude: Iterable[str] = NOT_IDENTITY) -> str:

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kvsmith.errors import explain
+from kvsmith.pipeline.ranks import LEADER, world_size
 from kvsmith.pipeline.stage import Stop
 
 T = TypeVar("T")
@@ -106,11 +107,6 @@ class Workers:
 ALONE = Workers(0, 1, torch.device("cpu"))
 
 
-def world_size() -> int:
-    """Processes that were started together."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def start_workers(device: torch.device) -> Workers:
     """Join the other processes, if this one was started beside others.
 
@@ -129,7 +125,9 @@ def start_workers(device: torch.device) -> Workers:
     if not dist.is_initialized():
         with _together():
             dist.init_process_group("gloo", timeout=PATIENCE)
-    return Workers(dist.get_rank(), dist.get_world_size(), device)
+    workers = Workers(dist.get_rank(), dist.get_world_size(), device)
+    os.environ[LEADER] = workers.leaders(str(os.getpid()))
+    return workers
 
 
 @contextmanager

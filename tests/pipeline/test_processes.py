@@ -16,11 +16,12 @@ from typing import Any
 import pytest
 import torch
 
-from kvsmith.pipeline import calibrate, config, export
+from kvsmith.pipeline import calibrate, export, ranks
 from kvsmith.pipeline.calibrate import CalibrateConfig
 from kvsmith.pipeline.calibration import collect
 from kvsmith.pipeline.calibration.shards import sizes
-from kvsmith.pipeline.config import check_processes, load, main_guard
+from kvsmith.pipeline.config import load, main_guard
+from kvsmith.pipeline.ranks import check_processes
 from kvsmith.pipeline.workers import Workers, start_workers
 from tests.faults.kills import PHASES, contents
 from tests.faults.tripwire import Tripwire
@@ -44,7 +45,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, micro_llama: Callable[..., A
 @pytest.fixture(autouse=True)
 def brisk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(collect, "SHARE", 0)  # a checkpoint after each batch
-    monkeypatch.setattr(config, "GRACE", 0.5)
+    monkeypatch.setattr(ranks, "GRACE", 0.5)
 
 
 def settings(place: Path, work: Path, *more: str) -> CalibrateConfig:
@@ -121,7 +122,7 @@ def together(
     return [(codes[pid], said.read_text()) for pid, said in zip(pids, outputs, strict=True)]
 
 
-def ranks(cfg: CalibrateConfig, work: Path, count: int) -> list[Callable[[], Any]]:
+def alike(cfg: CalibrateConfig, work: Path, count: int) -> list[Callable[[], Any]]:
     return [lambda: calibrate.run(cfg, work / "log")] * count
 
 
@@ -131,11 +132,11 @@ def errors(said: str) -> list[str]:
 
 @pytest.mark.parametrize("count", [2, 3])
 def test_processes_find_the_bytes_that_one_finds(place: Path, tmp_path: Path, count: int) -> None:
-    first, *others = together(tmp_path, *ranks(settings(place, tmp_path), tmp_path, count))
+    first, *others = together(tmp_path, *alike(settings(place, tmp_path), tmp_path, count))
     assert first[0] == 0 and f"collect, 1 of {count} processes" in first[1], first[1]
     assert all(other == (0, "") for other in others), "only the first speaks"
     assert bundle(place, tmp_path) == contents(place / "whole")
-    first, *_ = together(tmp_path, *ranks(settings(place, tmp_path), tmp_path, count))
+    first, *_ = together(tmp_path, *alike(settings(place, tmp_path), tmp_path, count))
     assert first[0] == 0 and "statistics of 224 tokens were collected before" in first[1]
 
 
@@ -144,7 +145,7 @@ def test_layers_run_twice_with_inputs_in_files(
 ) -> None:
     monkeypatch.setattr(collect, "ACTIVATIONS", 0)
     monkeypatch.setattr("kvsmith.pipeline.memory.SMALL", 64)
-    together(tmp_path, *ranks(settings(place, tmp_path), tmp_path, 2))
+    together(tmp_path, *alike(settings(place, tmp_path), tmp_path, 2))
     assert bundle(place, tmp_path) == contents(place / "whole")
 
 
@@ -153,7 +154,7 @@ def test_without_gradients(place: Path, tmp_path: Path) -> None:
     for count in (1, 2):
         work = tmp_path / str(count)
         cfg = settings(place, work, "fisher=false", "sensitivity=none")
-        assert together(work, *ranks(cfg, work, count))[0][0] == 0
+        assert together(work, *alike(cfg, work, count))[0][0] == 0
         made.append(contents(work))
     assert made[0] and made[0] == made[1]
 
@@ -165,7 +166,7 @@ def test_a_killed_process_ends_the_run_and_any_number_continues(
     rng = random.Random(seed)
     count, dies = rng.choice((2, 3)), seed % 2
     cfg, wire = settings(place, tmp_path), Tripwire(rng.randrange(60), rng.choice(PHASES))
-    jobs = ranks(cfg, tmp_path, count)
+    jobs = alike(cfg, tmp_path, count)
 
     def doomed() -> None:
         wire.install()
@@ -177,7 +178,7 @@ def test_a_killed_process_ends_the_run_and_any_number_continues(
     for code, said in (f for rank, f in enumerate(found) if rank != dies):
         assert code == 1 and len(errors(said)) == 1, said
         assert "one that ended" in said and "Start the same command again" in said, said
-    again = together(tmp_path, *ranks(cfg, tmp_path, rng.choice((1, 2, 3))))
+    again = together(tmp_path, *alike(cfg, tmp_path, rng.choice((1, 2, 3))))
     assert {code for code, _ in again} == {0}, again
     assert bundle(place, tmp_path) == contents(place / "whole")
 
@@ -199,7 +200,7 @@ def test_sigterm_leaves_checkpoints_and_one_line(place: Path, tmp_path: Path) ->
     assert [code for code, _ in found] == [143, 143], found
     assert found[0][1].endswith("the same command continues where it stopped\n")
     assert found[1][1] == "" and list(tmp_path.rglob("checkpoint.json"))
-    first, *_ = together(tmp_path, *ranks(cfg, tmp_path, 3))
+    first, *_ = together(tmp_path, *alike(cfg, tmp_path, 3))
     assert first[0] == 0 and bundle(place, tmp_path) == contents(place / "whole")
 
 
@@ -213,11 +214,11 @@ def test_one_process_meets_what_the_others_do_not(place: Path, tmp_path: Path) -
     def broken(*_: Any) -> float:
         raise ValueError("layer 1: activations of keys (k) must be finite, got NaN.")
 
-    first, second = together(tmp_path, *ranks(cfg, tmp_path, 1), poisoned)
+    first, second = together(tmp_path, *alike(cfg, tmp_path, 1), poisoned)
     assert second == (1, "error: layer 1: activations of keys (k) must be finite, got NaN.\n")
     assert first[0] == 1 and "one that ended" in first[1]
     other = settings(place, tmp_path, "seed=1")
-    first, second = together(tmp_path, *ranks(cfg, tmp_path, 1), *ranks(other, tmp_path, 1))
+    first, second = together(tmp_path, *alike(cfg, tmp_path, 1), *alike(other, tmp_path, 1))
     assert first[0] == second[0] == 1
     assert "process 1: calibration must be" in second[1] and len(errors(second[1])) == 1
 
@@ -227,7 +228,7 @@ def test_what_makes_no_sense_is_refused(
 ) -> None:
     cfg = settings(place, tmp_path)
     spread = replace(cfg, model=replace(cfg.model, device_map="auto"))
-    first, _ = together(tmp_path, *ranks(spread, tmp_path, 2))
+    first, _ = together(tmp_path, *alike(spread, tmp_path, 2))
     assert first[0] == 1 and "model.device_map: value must be null with 2 processes" in first[1]
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("RANK", raising=False)
@@ -242,7 +243,7 @@ def test_what_makes_no_sense_is_refused(
 
 def test_a_dry_run_divides_the_time(place: Path, tmp_path: Path) -> None:
     cfg = settings(place, tmp_path, "dry_run=true")
-    first, second = together(tmp_path, *ranks(cfg, tmp_path, 2))
+    first, second = together(tmp_path, *alike(cfg, tmp_path, 2))
     assert first[0] == second[0] == 0 and "predicted: 0:" in first[1] and second[1] == ""
 
 
