@@ -42,7 +42,7 @@ from kvsmith.pipeline.config import input_path, output_path
 from kvsmith.pipeline.data import DataConfig, HubData, PydocsData, token_blocks, tokens_hash
 from kvsmith.pipeline.data.split import Split
 from kvsmith.pipeline.log import NoLogger, Run
-from kvsmith.pipeline.model import load_model, model_context, model_device
+from kvsmith.pipeline.model import load_model, model_context
 from kvsmith.pipeline.stage import (
     Stage,
     Stop,
@@ -76,11 +76,10 @@ def run(cfg: CalibrateConfig, folder: Path) -> Path:
         FileNotFoundError, ValueError, TypeError: what the user got wrong, in one line.
         SystemExit: 143 after SIGTERM; the same call then continues.
     """
-    workers = start_workers(model_device(cfg.model))
+    workers = start_workers(cfg.model)
     folder = Path(workers.leaders(str(folder)))
     if cfg.debug.smoke:
         cfg = smoke(cfg, folder)
-    _check_devices(cfg, workers)
     codecs, lead = _codecs(cfg), workers.leads
     logger = cfg.logger if lead else NoLogger()
     with Run(folder if lead else None, logger, cfg, quiet=not lead) as log:
@@ -211,15 +210,6 @@ def _dataset(data: DataConfig) -> tuple[str, str | None]:
     if isinstance(data, HubData) and not input_path(data.path).is_dir():
         return data.path, data.revision
     return Path(data.path).name, None
-
-
-def _check_devices(cfg: CalibrateConfig, workers: Workers) -> None:
-    """Refuse processes that would each spread the model over all devices."""
-    if workers.count > 1 and cfg.model.device_map is not None:
-        remedy = "Start one process, which uses all devices, or load to one with device_map=null."
-        expected = f"null with {workers.count} processes"
-        got = cfg.model.device_map
-        raise ValueError(explain("model.device_map", "value", expected, got, remedy))
 
 
 def _collect(

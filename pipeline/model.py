@@ -8,6 +8,7 @@ the shipped tiny model is stored in bfloat16.
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ from kvsmith.hf.shapes import positions_of
 from kvsmith.pipeline.model_source import LOADING, PACKAGES, find_source, need_packages, refusal
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+YES = ("1", "true", "yes", "on", "y", "t")  # as accelerate reads its variables
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json")
 
 
@@ -134,7 +136,7 @@ def load_config(cfg: ModelConfig) -> PreTrainedConfig:
 
 
 def model_device(cfg: ModelConfig) -> torch.device:
-    """The device that `cfg` asks for.
+    """The device that `cfg` asks for; `auto` keeps to ACCELERATE_USE_CPU=true.
 
     Raises:
         ValueError: `cuda` is asked for and there is none.
@@ -144,7 +146,10 @@ def model_device(cfg: ModelConfig) -> torch.device:
         remedy = "Use model.device=cpu."
         expected = "a device of this machine"
         raise ValueError(explain("model.device", "value", expected, "'cuda'", remedy))
-    return torch.device("cuda" if cfg.device != "cpu" and found else "cpu")
+    cpu = cfg.device == "cpu" or (
+        cfg.device == "auto" and os.environ.get("ACCELERATE_USE_CPU", "").lower() in YES
+    )
+    return torch.device("cuda" if found and not cpu else "cpu")
 
 
 def input_device(model: nn.Module) -> torch.device:

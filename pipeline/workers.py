@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kvsmith.errors import explain
+from kvsmith.pipeline.model import ModelConfig, model_device
 from kvsmith.pipeline.ranks import LEADER, world_size
 from kvsmith.pipeline.stage import Stop
 
@@ -99,6 +100,15 @@ class Workers:
             with _together():
                 _finish(dist.barrier(async_op=True), stop)
 
+    def in_turn(self, work: Callable[[], T], stop: Stop | None = None) -> T:
+        """What `work` gives, which the processes do one after the other, by number."""
+        found: list[T] = []
+        for turn in range(self.count):
+            if turn == self.rank:
+                found.append(work())
+            self.wait(stop)
+        return found[0]
+
     def _broadcast(self, tensor: Tensor, source: int, stop: Stop | None) -> None:
         with _together():
             _finish(dist.broadcast(tensor, source, async_op=True), stop)
@@ -107,17 +117,22 @@ class Workers:
 ALONE = Workers(0, 1, torch.device("cpu"))
 
 
-def start_workers(device: torch.device) -> Workers:
+def start_workers(cfg: ModelConfig) -> Workers:
     """Join the other processes, if this one was started beside others.
 
     Args:
-        device: where a process that is alone works; several take the GPUs of their machine in turn.
+        cfg: says where a process that is alone works; several take the GPUs of a machine in turn.
 
     Raises:
-        ValueError: the others do not come.
+        ValueError: the others do not come, or each would spread its model over all devices.
     """
-    if world_size() == 1:
+    device, count = model_device(cfg), world_size()
+    if count == 1:
         return Workers(0, 1, device)
+    if cfg.device_map is not None:
+        remedy = "Start one process, which uses all devices, or load to one with device_map=null."
+        expected = f"null with {count} processes"
+        raise ValueError(explain("model.device_map", "value", expected, cfg.device_map, remedy))
     if device.type == "cuda":
         place = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
         device = torch.device("cuda", place)

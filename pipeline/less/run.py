@@ -5,6 +5,7 @@ Unfinished runs lie in `runs/less`; the same command continues one, and skips a 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -24,9 +25,9 @@ from kvsmith.pipeline.less.estimate import estimate
 from kvsmith.pipeline.less.options import EvictionChoice, LessTraining, context_of, resolve
 from kvsmith.pipeline.less.result import RECORD, Source, write_trained
 from kvsmith.pipeline.less.training import Training
-from kvsmith.pipeline.log import LoggerConfig, NoLogger, Run
-from kvsmith.pipeline.model import ModelConfig, load_config, load_model, model_device
-from kvsmith.pipeline.stage import Stop, digest
+from kvsmith.pipeline.log import LoggerConfig, Run
+from kvsmith.pipeline.model import ModelConfig, load_config, load_model
+from kvsmith.pipeline.stage import Stop, digest, locked
 from kvsmith.pipeline.workers import start_workers
 from kvsmith.spec import CacheSpec, CodecSpec
 
@@ -62,7 +63,8 @@ def train_less(
         FileNotFoundError, ValueError: what the user got wrong, in one line.
         SystemExit: 143 after SIGTERM; the same call then continues.
     """
-    workers = start_workers(model_device(model_cfg))
+    workers = start_workers(model_cfg)
+    output, work = (Path(workers.leaders(str(path))) for path in (output, work))
     model, tokenizer = load_model(model_cfg)
     model.requires_grad_(False)
     spec = cache_spec(codec, choice, model.config)
@@ -71,17 +73,15 @@ def train_less(
     name = digest(source)[:8]
     folder = output / name
     if (folder / RECORD).is_file():
-        Run(None).say(f"{folder} is finished; nothing to do")
+        Run(None, quiet=not workers.leads).say(f"{folder} is finished; nothing to do")
         return folder
     unfinished = work / f"{model_cfg.label}-{name}"
     lead = workers.leads
-    with (
-        Run(unfinished if lead else None, logger if lead else NoLogger(), source) as log,
-        Stop() as stop,
-    ):
-        own = codec_parameters(codec, model_cfg, model, spec, log)
-        training = Training(model, spec, own, cfg, tokens, held, unfinished, workers, log)
-        training.run(stop)
+    told = Run(unfinished, logger, source) if lead else Run(None, quiet=True)
+    with told as log, Stop() as stop, locked(unfinished) if lead else nullcontext():
+        own = workers.in_turn(lambda: codec_parameters(codec, model_cfg, model, spec, log), stop)
+        training = Training(model, spec, own, cfg, tokens, held, unfinished, workers, log, stop)
+        training.run()
         left, error = training.measure()
         ranks = training.ranks(left, error)
         tensors = training.tensors()

@@ -52,6 +52,7 @@ class Training:
         folder: of the unfinished run.
         workers: the processes.
         log: shows progress.
+        stop: asks to leave.
     """
 
     model: PreTrainedModel
@@ -63,6 +64,7 @@ class Training:
     folder: Path
     workers: Workers
     log: Run
+    stop: Stop
 
     def __post_init__(self) -> None:
         self.geometry = geometry(self.model.config)
@@ -76,12 +78,12 @@ class Training:
             )
             for i in self.own
         }
-        self.errors: dict[int, float] = {}
+        self.done = dict.fromkeys(self.own, 0)
 
     # -- training ---------------------------------------------------------------------------------
 
-    def run(self, stop: Stop) -> None:
-        """Train every layer; goes on from the last checkpoint.
+    def run(self) -> None:
+        """Train every layer; goes on from the last checkpoints, layers from theirs.
 
         Raises:
             ValueError: a loss is not finite.
@@ -90,16 +92,16 @@ class Training:
         batches = self.tokens.split(self.cfg.batch_size)
         first = self._restore()
         if first:
-            self.log.say(f"continuing at batch {first} of {len(batches)} from {self._checkpoint}")
+            self.log.say(f"continuing at batch {first} of {len(batches)} from {self.folder}")
             self.log.rewind(first)
         with self.log.progress(self.tokens.numel(), "tokens", self._tokens_before(first)) as bar:
             for number in range(first, len(batches)):
                 losses = self._batch(number, batches[number])
                 mean = sum(losses.values()) / max(len(losses), 1)
                 self.log.scalars(number + 1, {f"loss/{i}": x for i, x in losses.items()})
-                self._save(number + 1)
+                self._save()
                 bar.advance(batches[number].numel(), loss=mean)
-                stop.leave_if_asked()
+                self.stop.leave_if_asked()
 
     def _tokens_before(self, batch: int) -> int:
         return min(batch * self.cfg.batch_size, len(self.tokens)) * self.tokens.shape[1]
@@ -109,11 +111,12 @@ class Training:
         losses: dict[int, float] = {}
 
         def visit(seen: Layer) -> None:
-            if seen.index in self.own:
+            if seen.index in self.own and self.done[seen.index] <= number:
                 gone = self._replay(seen, policy)
                 losses[seen.index] = self.trainers[seen.index].train(seen, gone, number)
 
         sweep(self.model, ids.to(self.workers.device), visit)
+        self.done = {i: max(done, number + 1) for i, done in self.done.items()}
         return losses
 
     def _policy(self, factor: float) -> Policy:
@@ -155,6 +158,7 @@ class Training:
 
         for ids in self.held.split(self.cfg.batch_size):
             sweep(self.model, ids.to(self.workers.device), visit)
+            self.stop.leave_if_asked()
         mean = {i: {r: sum(x) / len(x) for r, x in by.items()} for i, by in left.items()}
         _check_gain(mean)
         return self._everyones(mean, {i: sum(x) / len(x) for i, x in error.items()})
@@ -167,7 +171,7 @@ class Training:
             f"layer.{i}": torch.tensor([error[i], *(left[i][r] for r in ranks)]) for i in self.own
         }
         shapes = {f"layer.{i}": (1 + len(ranks),) for i in self.layers}
-        found = self.workers.gather(own, shapes, self._owner(shapes))
+        found = self.workers.gather(own, shapes, self._owner(shapes), self.stop)
         rows = {i: found[f"layer.{i}"].tolist() for i in self.layers}
         return (
             {i: dict(zip(ranks, row[1:], strict=True)) for i, row in rows.items()},
@@ -190,7 +194,7 @@ class Training:
                 self.cfg.features, self.geometry.layers[i], self.cfg.largest
             ).items()
         }
-        return self.workers.gather(own, shapes, self._owner(shapes))
+        return self.workers.gather(own, shapes, self._owner(shapes), self.stop)
 
     def ranks(self, left: dict[int, dict[int, float]], error: dict[int, float]) -> tuple[int, ...]:
         """Ranks as allotted for the bytes of `cfg.rank` everywhere."""
@@ -210,30 +214,31 @@ class Training:
     def _checkpoint(self) -> Path:
         return self.folder / f"checkpoint-{self.workers.rank}-of-{self.workers.count}.safetensors"
 
-    def _save(self, batches: int) -> None:
-        state = {"batches": torch.tensor(batches)}
+    def _save(self) -> None:
+        state: dict[str, Tensor] = {}
         for i, trainer in self.trainers.items():
             state |= {f"{i}.{name}": t for name, t in trainer.state().items()}
+            state[f"{i}.batches"] = torch.tensor(self.done[i])
         write_safetensors(self._checkpoint, state)
 
     def _restore(self) -> int:
-        """Batches that all processes have finished."""
-        path = self._checkpoint
-        state = read_safetensors(path) if path.is_file() else {}
-        done = int(state.pop("batches", torch.tensor(0)))
-        others = self.workers.gather(
-            {f"process.{self.workers.rank}": torch.tensor([float(done)])},
-            {f"process.{r}": (1,) for r in range(self.workers.count)},
-            {f"process.{r}": r for r in range(self.workers.count)},
-        )
-        if len({float(t) for t in others.values()}) > 1:
-            return 0  # interrupted between two processes' checkpoints: all begin again
-        for i, trainer in self.trainers.items() if done else ():
-            prefix = f"{i}."
-            trainer.restore(
-                {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
-            )
-        return done
+        """Batches that all layers of this process have finished.
+
+        A layer's state is the same whoever trained it, so the checkpoints of any number of
+        processes will do.
+        """
+        for path in sorted(self.folder.glob("checkpoint-*-of-*.safetensors")):
+            found: dict[str, dict[str, Tensor]] = {str(i): {} for i in self.own}
+            for name, t in read_safetensors(path).items():
+                layer, _, part = name.partition(".")
+                found.get(layer, {})[part] = t
+            for i in self.own:
+                state = found[str(i)]
+                batches = int(state.pop("batches", torch.tensor(0)))
+                if batches > self.done[i]:
+                    self.trainers[i].restore(state)
+                    self.done[i] = batches
+        return min(self.done.values(), default=0)
 
 
 def _check_gain(left: dict[int, dict[int, float]]) -> None:

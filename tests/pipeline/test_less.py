@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -42,6 +43,7 @@ from kvsmith.pipeline.train import TrainConfig
 from kvsmith.spec import CacheSpec, CodecSpec, Identity, TensorCodec, Uniform
 from kvsmith.stores import make_store
 from tests.micro_model import write_model, write_text
+from tests.processes import errors, together
 from tests.runtime.models import build
 
 IDENTITY = TensorCodec(Identity())
@@ -237,8 +239,8 @@ def test_two_processes_find_what_one_finds(
     options = "{rank: 4, trained_ranks: [2, 4], samples: 4, batch_size: 2, steps: 4, stride: 2, "
     options += "held: 2, lr: 0.05}"
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port",
-        "29611", "train.py", f"model.path={world[0].path}", "data=textfile",
+        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone",
+        "train.py", f"model.path={world[0].path}", "data=textfile",
         f"data.path={world[1].path}", "eviction=h2o_pct5", "eviction.budget=0.25",
         f"+less={options}", "codec.sinks=1", "codec.recent=4", "codec.block_size=4",
         f"output={tmp_path / 'two'}", f"work={tmp_path / 'w2'}", f"hydra.run.dir={tmp_path / 'h'}",
@@ -254,6 +256,45 @@ def test_two_processes_find_what_one_finds(
     assert one.keys() == two.keys()
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, rtol=0, atol=1e-6)
+
+
+def test_a_killed_process_ends_the_training_and_any_number_continues(
+    world: tuple[ModelConfig, TextfileData], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kvsmith.pipeline import ranks
+    from kvsmith.pipeline.less.training import Training
+
+    monkeypatch.setattr(ranks, "GRACE", 0.5)
+    cfg = replace(SMALL, samples=6)
+    whole = trained(world, tmp_path / "whole", cfg)
+    work = tmp_path / "killed"
+
+    def alike() -> None:
+        model, data = world
+        train_less(
+            cfg, model, data, CODEC, H2OChoice(0.25), work / "out", work / "work", NoLogger()
+        )
+
+    def doomed() -> None:
+        save, saves = Training._save, iter(range(9))
+
+        def dies(self: Training) -> None:
+            save(self)
+            if next(saves) == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        Training._save = dies  # type: ignore[method-assign]
+        alike()
+
+    first, second = together(work, alike, doomed)
+    assert second[0] == -signal.SIGKILL and first[0] == 1, first[1]
+    assert len(errors(first[1])) == 1 and "Start the same command again" in first[1]
+    found = together(work, alike, alike, alike)  # one more than there are layers
+    assert {code for code, _ in found} == {0}, found
+    assert "written: " in found[0][1] and not found[1][1] + found[2][1], "only the first speaks"
+    (folder,) = (work / "out").iterdir()
+    for name in ("less.safetensors", RECORD):
+        assert (whole / name).read_bytes() == (folder / name).read_bytes()
 
 
 def test_bad_inputs_are_one_line(world: tuple[ModelConfig, TextfileData], tmp_path: Path) -> None:
