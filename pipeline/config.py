@@ -145,7 +145,8 @@ def launch(
         check_names()
         check_processes(f"{name}.py", processes)
         if rank():
-            sys.argv.append("hydra.run.dir=.")  # the first process has a folder for all
+            # the first process has a folder for all
+            sys.argv += ["hydra.run.dir=.", "hydra.output_subdir=null"]
         try:
             script()
             checked = [(_typed(cls, name, _plain(c)), Path(folder)) for c, folder in composed]
