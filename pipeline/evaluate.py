@@ -6,24 +6,21 @@ Everything is measured through the cache that `model.generate` would use; nothin
 from __future__ import annotations
 
 import importlib.util
-import shlex
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from kvsmith.errors import explain
 from kvsmith.hf import geometry
 from kvsmith.layout import check_geometry
 from kvsmith.pipeline.calibration import weights_hash
 from kvsmith.pipeline.codecs import load_codec
-from kvsmith.pipeline.config import DebugConfig, output_path, repository_root
-from kvsmith.pipeline.data import DataConfig, data_name, token_blocks
+from kvsmith.pipeline.config import DebugConfig, output_path
+from kvsmith.pipeline.data import DataConfig, data_name
 from kvsmith.pipeline.evaluation.candidate import FULL, Candidate
 from kvsmith.pipeline.evaluation.find import (
     baseline_candidates,
@@ -31,7 +28,8 @@ from kvsmith.pipeline.evaluation.find import (
     codec_candidate,
     shown,
 )
-from kvsmith.pipeline.evaluation.measure import Material, Measuring, versions
+from kvsmith.pipeline.evaluation.material import read_material
+from kvsmith.pipeline.evaluation.measure import Measurement, Measuring, versions
 from kvsmith.pipeline.evaluation.options import (
     GreedyOptions,
     Options,
@@ -41,11 +39,13 @@ from kvsmith.pipeline.evaluation.options import (
     WindowOptions,
     sizes,
 )
-from kvsmith.pipeline.evaluation.recall import plant, words_of
 from kvsmith.pipeline.evaluation.recovery import controls, recoveries
 from kvsmith.pipeline.log import LoggerConfig, NoLogger, Run
 from kvsmith.pipeline.model import ModelConfig, input_device, load_model, model_context
 from kvsmith.pipeline.report import table
+from kvsmith.pipeline.report.chart import drifts, memory
+from kvsmith.pipeline.report.page import page, section
+from kvsmith.pipeline.report.provenance import provenance, told
 from kvsmith.pipeline.report.table import Row
 from kvsmith.pipeline.stage import atomic_write, write_json
 from kvsmith.spec import CacheSpec, CodecSpec
@@ -128,12 +128,16 @@ def run(cfg: EvaluateConfig, folder: Path) -> list[Row]:
             short.
     """
     if cfg.debug.smoke:
-        cfg = replace(cfg, measure=SMOKE, baselines=cfg.baselines[:1])
+        few = replace(cfg.measure.questions, count=2, new_tokens=16)
+        small = replace(SMOKE, questions=few)
+        cfg = replace(cfg, measure=small, baselines=cfg.baselines[:1])
     with Run(folder, cfg.logger, cfg) as log:
         model, tokenizer = load_model(cfg.model)
         candidates = [FULL, *gather(cfg, model, log)]
-        size = sizes(cfg.measure, model_context(model.config))
-        material = read_material(cfg, size, tokenizer, input_device(model))
+        context = model_context(model.config)
+        size = sizes(cfg.measure, context)
+        material = read_material(cfg.measure, cfg.data, size, tokenizer, context)
+        material = material.to(input_device(model))
         measure = Measuring(model, material, cfg.measure, size, output_path(cfg.results), log)
         rows = table.ordered(candidates, measure(candidates))
         report(cfg, rows, size, model, folder, log)
@@ -159,33 +163,6 @@ def gather(cfg: EvaluateConfig, model: PreTrainedModel, log: Run) -> list[Candid
     return [one, *(b for b in baselines if b.name != one.name)]
 
 
-def read_material(
-    cfg: EvaluateConfig, size: Sizes, tokenizer: PreTrainedTokenizerBase, device: torch.device
-) -> Material:
-    """Held-out windows, and the same windows with strings planted in them.
-
-    Raises:
-        ValueError: the held-out text is too short, or there are fewer windows than prompts or
-            texts.
-    """
-    o = cfg.measure
-    count = None if isinstance(o.windows.count, str) else o.windows.count
-    windows = token_blocks(
-        tokenizer, cfg.data, "heldout", count, size.length, None if count is None else o.seed
-    )
-    for name, value in (("greedy.prompts", o.greedy.prompts), ("recall.texts", o.recall.texts)):
-        if value > len(windows):
-            raise ValueError(
-                explain(f"measure.{name}", "value", f"at most the {len(windows)} windows", value)
-            )
-    words = words_of(tokenizer.decode(windows.flatten().tolist()))
-    texts = windows[: o.recall.texts, : size.text]
-    planted = plant(
-        texts, o.recall.depths, words, tokenizer, o.recall.key_tokens, o.recall.cue_tokens, o.seed
-    )
-    return Material(windows, planted).to(device)
-
-
 def report(
     cfg: EvaluateConfig,
     rows: Sequence[Row],
@@ -197,21 +174,25 @@ def report(
     """Show the table; write it as Markdown and JSON, and the figures."""
     title = f"{cfg.model.label} on held-out {data_name(cfg.data)}"
     lines = protocol(cfg, rows, size, model)
-    log.table(title, table.COLUMNS, [table.cells(row) for row in rows])
-    found = [*table.comparisons(rows), *recoveries(rows)]
+    log.say(title)
+    for made in table.tables(rows):
+        log.table(*made)
+    found = [*table.comparisons(rows), *table.answered(rows), *recoveries(rows)]
     for line in (*lines, *found):
         log.say(line)
     log.record("results", list(table.flat(rows[0])), [list(table.flat(r).values()) for r in rows])
     log.scalars(0, scalars(rows))
     atomic_write(folder / "table.md", table.markdown(title, lines, rows).encode())
+    shape, weights = geometry(model.config), 2 * model.num_parameters()
     facts = {
         "title": title,
-        "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "commit": commit(),
+        **provenance(),
         "versions": versions(),
         "seed": cfg.measure.seed,
         "protocol": lines,
         "config": to_dict(cfg),
+        "geometry": to_dict(shape),
+        "weights": weights,
         "rows": [table.plain(row) for row in rows],
         "comparisons": found,
     }
@@ -219,7 +200,10 @@ def report(
     drawn = figures(cfg, rows, model, folder, title, log)
     for name in drawn:
         log.image(folder / name)
-    names = ["table.md", "results.json", "results.csv", *drawn]
+    books = [folder / name for name in drawn if name.startswith("codebooks")]
+    part = section(title, lines, rows, told(facts), books, shape, weights)
+    atomic_write(folder / "report.html", page(title, [part]).encode())
+    names = ["report.html", "table.md", "results.json", "results.csv", *drawn]
     log.say(f"written to {shown(folder)}: {', '.join(names)}")
 
 
@@ -246,11 +230,26 @@ def protocol(
         f"{o.seed}); {size.prefill} tokens read in one pass, then chunks of {o.windows.chunk} "
         f"through the cache; {f.tokens:,} tokens scored, all after the prefill. "
         f"{dtype} on {input_device(model).type}.",
-        f"Greedy: {a.prompts} prompts of {o.greedy.prompt_tokens} tokens, {a.new_tokens} new ones. "
-        f"Recall: {r.keys} random strings ({o.recall.texts} texts of {size.text} tokens x "
-        f"{len(o.recall.depths)} depths), {o.recall.cue_tokens} tokens given, {r.tokens} to copy.",
+        f"Greedy: {a.prompts} prompts of {o.greedy.prompt_tokens} tokens, {a.new_tokens} new ones; "
+        "drift: the same of full precision, read token by token. "
+        f"Recall: {r.keys} random strings ({o.recall.texts} texts of "
+        f"{' and '.join(map(str, size.texts))} tokens x {len(o.recall.depths)} depths), and "
+        f"{len(o.recall.depths)} at once in the longest; {o.recall.cue_tokens} tokens given, "
+        f"{r.tokens} to copy.",
+        *_exam(cfg, found),
         f"Bytes and speed: one row of {s.length} tokens; median of {s.repeats} x {s.timed_tokens} "
         f"tokens, one at a time, {torch.get_num_threads()} threads.",
+    ]
+
+
+def _exam(cfg: EvaluateConfig, found: Measurement) -> list[str]:
+    q = cfg.measure.questions
+    if found.answers is None or q.path is None:
+        return []
+    return [
+        f"Answers: {found.answers.questions} questions of {Path(q.path).name} (seed "
+        f"{cfg.measure.seed}), {q.shots} examples, {q.new_tokens} tokens, greedy, exact match of "
+        "the final answer; full precision answers the same questions."
     ]
 
 
@@ -267,9 +266,17 @@ def figures(
         log.say("no figures: matplotlib is not installed (pip install 'kvsmith[report]')")
         return []
     from kvsmith.pipeline.report.codebooks import calibration_of, plot_codebooks, read_codebooks
-    from kvsmith.pipeline.report.plots import plot_losses
+    from kvsmith.pipeline.report.plots import plot_chart, plot_losses
 
     names = []
+    shape = geometry(model.config)
+    for name, chart in (
+        ("drift", drifts(rows)),
+        ("memory", memory(rows, shape, 2 * model.num_parameters())),
+    ):
+        if chart.series:
+            names.append(f"{name}.png")
+            plot_chart(chart, folder / names[-1])
     if len(rows) > 1:
         plot_losses(rows, folder / "losses.png", title)
         names.append("losses.png")
@@ -281,19 +288,3 @@ def figures(
             names.append(f"codebooks-{row.name}.png")
             plot_codebooks(books, folder / names[-1], row.name)
     return names
-
-
-def commit() -> str | None:
-    """The repository's commit, None outside of one."""
-    try:
-        done = subprocess.run(
-            ["git", "rev-parse", "HEAD"],
-            cwd=repository_root(),
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=10,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()

@@ -1,4 +1,4 @@
-"""What a budget run says and leaves: tables, budget.json, budget.png."""
+"""What a budget run says and leaves: tables, budget.json, report.html, budget.png."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import Any
 from kvsmith.pipeline.budget.choices import SIDES
 from kvsmith.pipeline.budget.make import Point, Problem, best_uniform, gap
 from kvsmith.pipeline.log import Run
-from kvsmith.pipeline.stage import write_json
+from kvsmith.pipeline.report.page import budget_section, page
+from kvsmith.pipeline.report.provenance import provenance, told
+from kvsmith.pipeline.stage import atomic_write, write_json
 
 COLUMNS = ("cache", "bits", "bytes", "KLD predicted", "KLD held out", "+-")
 
@@ -62,8 +64,11 @@ def plain(point: Point) -> dict[str, Any]:
 
 
 def write(problem: Problem, chosen: Sequence[Point], rivals: Sequence[Point], folder: Path) -> None:
-    """Leave budget.json: sensitivities, prices, and every choice."""
+    """Leave budget.json, with sensitivities, prices and every choice, and report.html."""
     data = {
+        **provenance(),
+        "model": problem.record.source.base_model.id,
+        "dataset": problem.record.source.dataset,
         "context": problem.options.tokens,
         "levels": list(problem.levels.names),
         "layers": list(problem.record.source.base_model.geometry.owners),
@@ -76,3 +81,5 @@ def write(problem: Problem, chosen: Sequence[Point], rivals: Sequence[Point], fo
         "uniform": [plain(p) for p in rivals],
     }
     write_json(folder / "budget.json", data)
+    part = budget_section(data, told(data))
+    atomic_write(folder / "report.html", page(str(data["model"]), [part]).encode())

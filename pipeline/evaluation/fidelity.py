@@ -8,6 +8,7 @@ perplexity exp(mean d) - 1 has exp(mean d) times it.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,11 +47,11 @@ class Fidelity:
 
 @dataclass(frozen=True)
 class Difference:
-    """A paired difference of losses.
+    """A mean, such as that of paired differences of losses.
 
     Attributes:
-        mean: mean over windows of the first minus the second, nats a token.
-        se: standard error of the mean; None with one window.
+        mean: of all values.
+        se: standard error of the mean; None with one value.
     """
 
     mean: float
@@ -59,12 +60,16 @@ class Difference:
 
 def paired(first: tuple[float, ...], second: tuple[float, ...]) -> Difference:
     """The difference of two candidates' `window_nll` over the same windows."""
-    d = [a - b for a, b in zip(first, second, strict=True)]
-    mean = math.fsum(d) / len(d)
-    if len(d) < 2:
+    return spread([a - b for a, b in zip(first, second, strict=True)])
+
+
+def spread(values: Sequence[float]) -> Difference:
+    """Mean of `values` and its standard error."""
+    mean = math.fsum(values) / len(values)
+    if len(values) < 2:
         return Difference(mean, None)
-    variance = math.fsum((x - mean) ** 2 for x in d) / (len(d) - 1)
-    return Difference(mean, math.sqrt(variance / len(d)))
+    variance = math.fsum((x - mean) ** 2 for x in values) / (len(values) - 1)
+    return Difference(mean, math.sqrt(variance / len(values)))
 
 
 def summarise(candidate: Losses, full: Losses) -> Fidelity:

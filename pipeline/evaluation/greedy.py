@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
+from kvsmith.pipeline.evaluation.fidelity import spread
+
 
 @dataclass(frozen=True)
 class Agreement:
@@ -22,14 +24,18 @@ class Agreement:
         prompts: continuations compared.
         new_tokens: tokens of each.
         match: share of positions with the same token.
+        match_se: its standard error over prompts; None with one.
         length: mean number of tokens before the first difference, at most new_tokens.
+        length_se: its standard error.
         identical: continuations without any difference.
     """
 
     prompts: int
     new_tokens: int
     match: float
+    match_se: float | None
     length: float
+    length_se: float | None
     identical: int
 
 
@@ -75,10 +81,13 @@ def agreement(full: Tensor, candidate: Tensor) -> Agreement:
     """Compare continuations, both [B, T] int64."""
     same = full == candidate
     until = same.long().cumprod(1).sum(1)
+    match, length = spread(same.double().mean(1).tolist()), spread(until.double().tolist())
     return Agreement(
         prompts=same.shape[0],
         new_tokens=same.shape[1],
-        match=float(same.double().mean()),
-        length=float(until.double().mean()),
+        match=match.mean,
+        match_se=match.se,
+        length=length.mean,
+        length_se=length.se,
         identical=int((until == same.shape[1]).sum()),
     )

@@ -6,15 +6,12 @@ model's weights, the text, the options and the versions of kvsmith, torch and tr
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import transformers
-from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 import kvsmith
@@ -22,13 +19,16 @@ from kvsmith.bundle import base_model
 from kvsmith.geometry import ModelGeometry
 from kvsmith.hf import geometry
 from kvsmith.pipeline.calibration import weights_hash
-from kvsmith.pipeline.evaluation.candidate import FULL, Candidate
+from kvsmith.pipeline.evaluation.candidate import Candidate
+from kvsmith.pipeline.evaluation.drift import Drift, drift
 from kvsmith.pipeline.evaluation.fidelity import Fidelity, summarise
 from kvsmith.pipeline.evaluation.footprint import Footprint, footprint
-from kvsmith.pipeline.evaluation.forced import Losses, losses, own_losses, reference
+from kvsmith.pipeline.evaluation.forced import Losses, losses, own_losses
 from kvsmith.pipeline.evaluation.greedy import Agreement, agreement, generate
+from kvsmith.pipeline.evaluation.material import Control, Forced, Material
 from kvsmith.pipeline.evaluation.options import Options, Sizes
-from kvsmith.pipeline.evaluation.recall import Planted, Recall, recall
+from kvsmith.pipeline.evaluation.questions import Answers, answer
+from kvsmith.pipeline.evaluation.recall import Recall, recall
 from kvsmith.pipeline.log import Run
 from kvsmith.pipeline.model import input_device
 from kvsmith.pipeline.stage import digest, read_json, write_json
@@ -36,10 +36,9 @@ from kvsmith.sizes import cache_bytes
 from kvsmith.spec import CacheSpec
 from kvsmith.strict import from_dict, to_dict
 
-# Predictions of full precision are kept up to this size, and computed for each candidate beyond.
-KEEP_BYTES = 2**30
 LONG = 32 * 1024
-VERSION = 1  # raised when the same candidate gives other figures
+PARTS = 6  # measurements beside the batches of windows
+VERSION = 2  # raised when the same candidate gives other figures
 
 
 @dataclass(frozen=True)
@@ -47,82 +46,20 @@ class Measurement:
     """Everything that is known of one candidate.
 
     Attributes:
-        footprint, fidelity, agreement, recall: measured.
+        footprint, fidelity, agreement, drift, recall: measured.
+        together: recall of several strings in one text.
+        answers: of questions; None where none were asked.
         long_bits: all-in bits an element at LONG tokens with dense tokens in bfloat16, computed.
     """
 
     footprint: Footprint
     fidelity: Fidelity
     agreement: Agreement
+    drift: Drift
     recall: Recall
+    together: Recall
+    answers: Answers | None
     long_bits: float
-
-
-@dataclass(frozen=True)
-class Material:
-    """What is read by every candidate.
-
-    Attributes:
-        windows: [n, T] int64, held-out tokens.
-        planted: texts with planted strings.
-    """
-
-    windows: Tensor
-    planted: Planted
-
-    def to(self, device: torch.device) -> Material:
-        """The same tokens on `device`."""
-        p = self.planted
-        planted = replace(p, context=p.context.to(device), key=p.key.to(device))
-        return Material(self.windows.to(device), planted)
-
-    def identity(self) -> list[str]:
-        """Hashes of the tokens."""
-        tensors = (self.windows, self.planted.context, self.planted.key)
-        return [hashlib.sha256(t.cpu().numpy().tobytes()).hexdigest() for t in tensors]
-
-
-class Control:
-    """What full precision says, computed when asked for."""
-
-    def __init__(
-        self, model: PreTrainedModel, material: Material, options: Options, sizes: Sizes
-    ) -> None:
-        self._model, self._options, self._sizes = model, options, sizes
-        self._prompts = prompts(material, options)
-        self._batches = material.windows.split(options.windows.batch)
-        scored = material.windows.shape[0] * (sizes.length - sizes.prefill - 1)
-        self._keep = scored * model.config.get_text_config().vocab_size * 4 <= KEEP_BYTES
-        self._kept: dict[int, Tensor] = {}
-
-    def logp(self, batch: int) -> Tensor:
-        """Log-probabilities of a batch of windows, [B, S, vocab] float32."""
-        if batch in self._kept:
-            return self._kept[batch]
-        chunk = self._options.windows.chunk
-        found = reference(
-            self._model, FULL.cache(self._model), self._batches[batch], self._sizes.prefill, chunk
-        )
-        if self._keep:
-            self._kept[batch] = found
-        return found
-
-    @cached_property
-    def continuations(self) -> Tensor:
-        """Greedy continuations of the prompts."""
-        o = self._options
-        return generate(
-            self._model,
-            lambda: FULL.cache(self._model),
-            self._prompts,
-            o.greedy.new_tokens,
-            o.windows.batch,
-        )
-
-
-def prompts(material: Material, options: Options) -> Tensor:
-    """Beginnings of held-out windows, [n, T] int64."""
-    return material.windows[: options.greedy.prompts, : options.greedy.prompt_tokens]
 
 
 class Measuring:
@@ -167,7 +104,7 @@ class Measuring:
         todo = [c for c in candidates if found[c.name] is None]
         if todo:
             batches = -(-self._material.windows.shape[0] // self._options.windows.batch)
-            with self._run.progress(len(todo) * (batches + 3), "evaluate") as progress:
+            with self._run.progress(len(todo) * (batches + PARTS), "evaluate") as progress:
                 for candidate in todo:
                     found[candidate.name] = self._measure(candidate, progress.advance)
                     write_json(self._path(candidate), found[candidate.name])
@@ -190,24 +127,42 @@ class Measuring:
             o.speed.tokens,
         )
         advance()
-        fidelity = self._fidelity(candidate, advance)
-        text = generate(model, new_cache, prompts(self._material, o), o.greedy.new_tokens, batch)
+        control, material = self._control, self._material
+        fidelity = summarise(*self._losses(candidate, "windows", control.windows, advance))
+        text = generate(model, new_cache, control.prompts, o.greedy.new_tokens, batch)
         advance()
-        copied = recall(model, new_cache, self._material.planted, batch)
+        written, _ = self._losses(candidate, "written", control.written, lambda: None)
         advance()
-        same = agreement(self._control.continuations, text)
-        return Measurement(size, fidelity, same, copied, long_bits(candidate.spec, shape))
+        copied = recall(model, new_cache, material.planted, batch)
+        advance()
+        together = recall(model, new_cache, [material.together], batch)
+        advance()
+        exam = material.exam
+        answers = None if exam is None else answer(model, new_cache, exam, material.tokenizer)
+        advance()
+        return Measurement(
+            footprint=size,
+            fidelity=fidelity,
+            agreement=agreement(control.continuations, text),
+            drift=drift(written),
+            recall=copied,
+            together=together,
+            answers=answers,
+            long_bits=long_bits(candidate.spec, shape),
+        )
 
-    def _fidelity(self, candidate: Candidate, advance: Callable[[], None]) -> Fidelity:
+    def _losses(
+        self, candidate: Candidate, name: str, text: Forced, advance: Callable[[], None]
+    ) -> tuple[Losses, Losses]:
+        """Of the candidate and of full precision, over all batches of `text`."""
         mine, full = [], []
-        w = self._options.windows
-        for i, ids in enumerate(self._material.windows.split(w.batch)):
-            logp = self._control.logp(i)
+        for i, ids in enumerate(text.batches):
+            logp = self._control.logp(name, text, i)
             cache = candidate.cache(self._model)
-            mine.append(losses(self._model, cache, ids, logp, self._sizes.prefill, w.chunk))
-            full.append(own_losses(logp, ids, self._sizes.prefill))
+            mine.append(losses(self._model, cache, ids, logp, text.prefill, text.chunk))
+            full.append(own_losses(logp, ids, text.prefill))
             advance()
-        return summarise(Losses.join(mine), Losses.join(full))
+        return Losses.join(mine), Losses.join(full)
 
     def _read(self, candidate: Candidate) -> Measurement | None:
         path = self._path(candidate)

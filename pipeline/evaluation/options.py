@@ -59,19 +59,20 @@ class GreedyOptions:
 
 @dataclass(frozen=True)
 class RecallOptions:
-    """Verbatim recall of planted strings.
+    """Verbatim recall of planted strings: alone at every depth of texts of every length, and all
+    depths of the longest texts at once.
 
     Args:
         texts: held-out texts, at most the number of windows.
-        depths: where the string stands, as shares of the text.
-        text_tokens: length of a text with the string in it; None is half the window.
+        depths: where a string stands, as shares of the text.
+        lengths: tokens of a text with strings in it; None is a quarter and a half of the window.
         key_tokens: length of the string.
         cue_tokens: tokens of it that are given again.
     """
 
     texts: int = 4
     depths: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
-    text_tokens: int | None = None
+    lengths: tuple[int, ...] | None = None
     key_tokens: int = 24
     cue_tokens: int = 8
 
@@ -85,9 +86,33 @@ class RecallOptions:
             )
         if self.texts * len(self.depths) < 2:
             raise ValueError(explain("recall", "texts times depths", "at least 2", 1))
+        if self.lengths is not None and not self.lengths:
+            raise ValueError(explain("recall.lengths", "value", "token counts", "none"))
         if self.cue_tokens >= self.key_tokens:
             expected = f"fewer than key_tokens = {self.key_tokens}"
             raise ValueError(explain("recall.cue_tokens", "tokens", expected, self.cue_tokens))
+
+
+@dataclass(frozen=True)
+class QuestionOptions:
+    """Questions with exact answers; see `questions`.
+
+    Args:
+        path: JSON lines with `question` and `answer`; None asks none.
+        count: questions.
+        shots: first lines of the file, shown as examples.
+        new_tokens: tokens generated for an answer.
+    """
+
+    path: str | None = None
+    count: int = 100
+    shots: int = 4
+    new_tokens: int = 256
+
+    def __post_init__(self) -> None:
+        _positive("questions", count=self.count, new_tokens=self.new_tokens)
+        if self.shots < 0:
+            raise ValueError(explain("questions.shots", "value", "at least 0", self.shots))
 
 
 @dataclass(frozen=True)
@@ -111,14 +136,15 @@ class Options:
     """All measurements of one candidate.
 
     Args:
-        windows, greedy, recall, speed: see there.
-        seed: chooses windows and planted strings.
+        windows, greedy, recall, speed, questions: see there.
+        seed: chooses windows, planted strings and questions.
     """
 
     windows: WindowOptions = field(default_factory=WindowOptions)
     greedy: GreedyOptions = field(default_factory=GreedyOptions)
     recall: RecallOptions = field(default_factory=RecallOptions)
     speed: SpeedOptions = field(default_factory=SpeedOptions)
+    questions: QuestionOptions = field(default_factory=QuestionOptions)
     seed: int = 0
 
 
@@ -129,12 +155,12 @@ class Sizes:
     Attributes:
         length: tokens of a window.
         prefill: tokens of the first forward pass.
-        text: tokens of a text with a planted string.
+        texts: tokens of texts with planted strings, rising.
     """
 
     length: int
     prefill: int
-    text: int
+    texts: tuple[int, ...]
 
 
 def sizes(options: Options, context: int) -> Sizes:
@@ -150,7 +176,7 @@ def sizes(options: Options, context: int) -> Sizes:
     w, g, r, s = options.windows, options.greedy, options.recall, options.speed
     length = w.length if w.length is not None else min(context, 4096)
     prefill = w.prefill if w.prefill is not None else length // 8
-    text = r.text_tokens if r.text_tokens is not None else length // 2
+    texts = sorted(set(r.lengths if r.lengths is not None else (length // 4, length // 2)))
     _at_most("windows.length", length, context, "the model's context")
     _at_most(
         "greedy.prompt_tokens + greedy.new_tokens",
@@ -159,14 +185,15 @@ def sizes(options: Options, context: int) -> Sizes:
         "the model's context",
     )
     _at_most("greedy.prompt_tokens", g.prompt_tokens, length, "the window")
-    _at_most("recall.text_tokens + recall.key_tokens", text + r.key_tokens, length, "the window")
-    _at_most("recall.key_tokens", r.key_tokens, text // 2, "half the text")
+    _at_most("recall.lengths + recall.key_tokens", texts[-1] + r.key_tokens, length, "the window")
+    _at_most("recall.key_tokens", r.key_tokens, texts[0] // 2, "half the text")
+    _at_most("recall.depths * key_tokens", len(r.depths) * r.key_tokens, texts[-1], "the text")
     _at_most("speed.repeats * speed.tokens", s.repeats * s.tokens + 2, length, "the window")
     if not 1 <= prefill <= length - 2:
         raise ValueError(
             explain("windows.prefill", "tokens", f"between 1 and {length - 2}", prefill)
         )
-    return Sizes(length, prefill, text)
+    return Sizes(length, prefill, tuple(texts))
 
 
 def _positive(where: str, **values: int) -> None:

@@ -9,6 +9,7 @@ from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
+from kvsmith.pipeline.report.chart import Chart
 from kvsmith.pipeline.report.style import GRID, INK, OTHERS, OURS, frame, pyplot, save
 from kvsmith.pipeline.report.table import Row
 
@@ -54,6 +55,38 @@ def plot_losses(rows: Sequence[Row], path: Path, title: str) -> None:
     _panel(axes[0], perplexity, "perplexity increase over full precision, %")
     _panel(axes[1], divergence, "mean KL divergence from full precision, nats a token")
     save(fig, path, title)
+
+
+def plot_chart(chart: Chart, path: Path) -> None:
+    """Draw one chart of a page as PNG.
+
+    Args:
+        chart: with lines, not with points of their own.
+        path: PNG to write.
+    """
+    fig, ax = pyplot().subplots(figsize=(9.5, 5.4), layout="constrained")
+    for i, series in enumerate(chart.series):
+        colour = [*OURS, *OTHERS][i % (len(OURS) + len(OTHERS))]
+        style = "-" if series.role == "ours" else "--"
+        ax.plot(*zip(*series.points, strict=True), style, color=colour, label=series.name)
+    for name, height in chart.rules:
+        ax.axhline(height, color=INK, linewidth=1)
+        ax.annotate(name, (0.01, height), (0, 3), xycoords=("axes fraction", "data"),
+                    textcoords="offset points", fontsize=9, color=INK)  # fmt: skip
+    formatter = pyplot().matplotlib.ticker.FuncFormatter
+    for axis, side, set_scale in (
+        (chart.x, ax.xaxis, ax.set_xscale),
+        (chart.y, ax.yaxis, ax.set_yscale),
+    ):
+        set_scale("log" if axis.log else "linear")
+        side.set_major_formatter(formatter(lambda v, _, show=axis.show: show(v)))
+        side.set_minor_formatter(pyplot().matplotlib.ticker.NullFormatter())
+        side.set_label_text(axis.label, color=INK)
+    ax.grid(True, color=GRID, linewidth=0.6)
+    ax.set_axisbelow(True)
+    frame(ax)
+    ax.legend(frameon=False, fontsize=8.5, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    save(fig, path, chart.title)
 
 
 def family(name: str) -> str:

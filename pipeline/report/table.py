@@ -10,6 +10,7 @@ from kvsmith.errors import explain
 from kvsmith.pipeline.evaluation.candidate import Candidate
 from kvsmith.pipeline.evaluation.fidelity import paired
 from kvsmith.pipeline.evaluation.measure import Measurement
+from kvsmith.pipeline.evaluation.questions import compared
 from kvsmith.spec import CacheSpec
 from kvsmith.strict import from_dict, to_dict
 
@@ -24,20 +25,37 @@ COLUMNS = (
     "KLD",
     "KLD 99.9%",
     "top-1 %",
-    "greedy %",
-    "greedy len",
-    "recall",
-    "exact %",
     "tok/s",
+)
+
+# What a candidate writes and remembers; every +- is the standard error of what stands before it.
+TASKS = (
+    "method",
+    "greedy %",
+    "+-",
+    "length",
+    "+-",
+    "drift",
+    "+-",
+    "recall",
+    "+-",
+    "exact %",
+    "together",
+    "+-",
+    "exact %",
+    "answers %",
+    "+-",
 )
 
 LEGEND = (
     "bits/elem and KV bytes: every allocated byte of one row at the window's length; at 32K: the "
     "same computed for 32,768 tokens with dense tokens in bfloat16; ppl %: change of perplexity "
     "against full precision, +- its standard error paired by window; KLD: nats a token, mean and "
-    "99.9 percentile; top-1: most likely token as in full precision; greedy: equal tokens and mean "
-    "length to the first difference; recall: nats a token that planting a string saves when it is "
-    "to be copied; exact: strings copied without error."
+    "99.9 percentile; top-1: most likely token as in full precision; greedy: equal tokens, and "
+    "mean length to the first difference; drift: KLD a generated token along full precision's own "
+    "continuation; recall: nats a token that planting a string saves when it is to be copied, "
+    "together: the same with a string at every depth of one text; exact: strings copied without "
+    "error; answers: questions with the right final answer. +-: standard error of the mean."
 )
 
 
@@ -80,11 +98,46 @@ def cells(row: Row) -> list[str]:
         "" if full else f"{fidelity.kld:.2e}",
         "" if full else f"{fidelity.kld_999:.2e}",
         "" if full else f"{100 * fidelity.top1:.2f}",
-        "" if full else f"{100 * row.found.agreement.match:.0f}",
-        f"{row.found.agreement.length:.0f}",
-        f"{row.found.recall.gain:.2f}",
-        f"{100 * row.found.recall.exact:.0f}",
         f"{size.tokens_per_second:.0f}",
+    ]
+
+
+def task_cells(row: Row) -> list[str]:
+    """One row under `TASKS`."""
+    found = row.found
+    own, along, answers = found.agreement, found.drift, found.answers
+    apart, together = found.recall, found.together
+    return [
+        row.name,
+        *_with_spread(own.match, own.match_se, ".0f", 100),
+        *_with_spread(own.length, own.length_se, ".0f"),
+        *_with_spread(along.kld, along.kld_se, ".2e"),
+        *_with_spread(apart.gain, apart.gain_se, ".2f"),
+        f"{100 * apart.exact:.0f}",
+        *_with_spread(together.gain, together.gain_se, ".2f"),
+        f"{100 * together.exact:.0f}",
+        *(
+            ("", "")
+            if answers is None
+            else _with_spread(answers.exact, answers.exact_se, ".1f", 100)
+        ),
+    ]
+
+
+def _with_spread(mean: float, se: float | None, digits: str, scale: float = 1) -> tuple[str, str]:
+    return f"{scale * mean:{digits}}", "" if se is None else f"{scale * se:{digits}}"
+
+
+def tables(rows: Sequence[Row]) -> list[tuple[str, tuple[str, ...], list[list[str]]]]:
+    """All tables of a comparison: a heading, columns, cells."""
+    n = rows[0].found
+    counts = (
+        f"{n.agreement.prompts} prompts, {n.recall.keys} strings alone and {n.together.keys} "
+        f"together{'' if n.answers is None else f', {n.answers.questions} questions'}"
+    )
+    return [
+        ("Size and fidelity", COLUMNS, [cells(row) for row in rows]),
+        (f"Generation and recall ({counts})", TASKS, [task_cells(row) for row in rows]),
     ]
 
 
@@ -107,11 +160,34 @@ def flat(row: Row) -> dict[str, object]:
         "kld_999": fidelity.kld_999,
         "top1": fidelity.top1,
         "greedy_match": found.agreement.match,
+        "greedy_match_se": found.agreement.match_se,
         "greedy_length": found.agreement.length,
+        "greedy_length_se": found.agreement.length_se,
+        "drift_kld": found.drift.kld,
+        "drift_kld_se": found.drift.kld_se,
         "recall_gain": found.recall.gain,
+        "recall_gain_se": found.recall.gain_se,
         "recall_exact": found.recall.exact,
+        "together_gain": found.together.gain,
+        "together_gain_se": found.together.gain_se,
+        "together_exact": found.together.exact,
+        "answers_exact": None if found.answers is None else found.answers.exact,
+        "answers_exact_se": None if found.answers is None else found.answers.exact_se,
         "tokens_per_second": size.tokens_per_second,
     }
+
+
+def answered(rows: Sequence[Row]) -> list[str]:
+    """For each candidate that answered questions: the difference from full precision, paired."""
+    full = next((row.found.answers for row in rows if row.candidate.role == "full"), None)
+    if full is None:
+        return []
+    asked = f"on {full.questions} questions"
+    return [
+        f"{row.name}: {compared(row.found.answers.right, full.right)} {asked}."
+        for row in rows
+        if row.found.answers is not None and row.candidate.role != "full"
+    ]
 
 
 def comparisons(rows: Sequence[Row]) -> list[str]:
@@ -163,15 +239,16 @@ def _doubt(bundle: Row, other: Row) -> str:
 
 def markdown(title: str, protocol: Sequence[str], rows: Sequence[Row]) -> str:
     """A Markdown page: title, how it was measured, table, comparisons."""
-    align = "|".join(["---", *("---:" for _ in COLUMNS[1:])])
-    table = [
-        f"| {' | '.join(COLUMNS)} |",
-        f"|{align}|",
-        *(f"| {' | '.join(cells(row))} |" for row in rows),
-    ]
     bullets = [f"- {line}" for line in (*protocol, LEGEND)]
-    notes = [f"- {line}" for line in comparisons(rows)]
-    return "\n".join([f"# {title}", "", *bullets, "", *table, "", *notes]) + "\n"
+    notes = [f"- {line}" for line in (*comparisons(rows), *answered(rows))]
+    parts = [line for table in tables(rows) for line in _table(*table)]
+    return "\n".join([f"# {title}", "", *bullets, "", *parts, *notes]) + "\n"
+
+
+def _table(heading: str, columns: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
+    align = "|".join(["---", *("---:" for _ in columns[1:])])
+    body = [f"| {' | '.join(cells)} |" for cells in lines]
+    return [f"## {heading}", "", f"| {' | '.join(columns)} |", f"|{align}|", *body, ""]
 
 
 def read(data: dict[str, Any], where: str) -> Row:

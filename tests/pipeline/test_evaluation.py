@@ -191,7 +191,7 @@ def test_options_that_do_not_fit_are_refused() -> None:
         (replace(fits, windows=WindowOptions(length=256, prefill=255)), "windows.prefill"),
         (replace(fits, greedy=GreedyOptions(2, 300, 300)), "greedy.*at most 512"),
         (replace(fits, recall=RecallOptions(key_tokens=80)), "recall.key_tokens"),
-        (replace(fits, recall=RecallOptions(text_tokens=250)), "recall.text_tokens"),
+        (replace(fits, recall=RecallOptions(lengths=(64, 250))), "recall.lengths"),
         (replace(fits, speed=SpeedOptions(20, 20)), "speed"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -278,8 +278,8 @@ def config(tmp_path: Path, micro_llama: Micro) -> EvaluateConfig:
         baselines=("int4_token", "int2_token"),
         measure=Options(
             WindowOptions(count=3, length=96, batch=2),
-            GreedyOptions(2, 16, 8),
-            RecallOptions(2, (0.2, 0.8), 48, 16, 6),
+            GreedyOptions(2, 64, 8),
+            RecallOptions(2, (0.2, 0.8), (36, 48), 16, 6),
             SpeedOptions(2, 3),
         ),
         results=str(tmp_path / "results"),
@@ -295,13 +295,16 @@ def test_evaluate_writes_table_and_results(
     full, best = rows[0].found, rows[1].found
     assert full.fidelity.kld == full.fidelity.delta == 0 and full.agreement.match == 1
     assert full.fidelity.tokens == 3 * (96 - 12 - 1) and best.fidelity.kld > 0
-    assert full.recall.keys == 4 and full.recall.tokens == 10
+    assert full.recall.keys == 8 and full.recall.tokens == 10
+    assert full.recall.lengths == (36, 48) and len(full.recall.grid[0]) == 2
+    assert full.together.keys == 4 and full.together.lengths == (48,)
+    assert full.drift.kld < 1e-6 < best.drift.kld and best.drift.tokens == 8
     results = json.loads((tmp_path / "first" / "results.json").read_text())
     assert [row["name"] for row in results["rows"]] == [row.name for row in rows]
     assert results["seed"] == 0 and results["versions"]["torch"] == torch.__version__
     assert results["command"].startswith("python ")
     text = (tmp_path / "first" / "table.md").read_text()
-    assert text.count("\n| ") == 5 and "3 windows of 96 tokens" in text and "int3 at" in text
+    assert text.count("\n| ") == 10 and "3 windows of 96 tokens" in text and "int3 at" in text
     assert (tmp_path / "first" / "losses.png").read_bytes().startswith(b"\x89PNG")
 
     def refuse(*_: Any) -> None:

@@ -56,7 +56,7 @@ def test_one_command_joins_a_sweep(sweep: Path, capsys: pytest.CaptureFixture[st
     for row in facts[0]["rows"]:
         assert float(rows[row["name"]]["perplexity"]) == row["fidelity"]["perplexity"]
         assert int(rows[row["name"]]["kv_bytes"]) == row["footprint"]["nbytes"]
-    assert (sweep / "runs/joined.md").read_text().count("\n| ") == 6
+    assert (sweep / "runs/joined.md").read_text().count("\n| ") == 12
     assert (sweep / "runs/joined.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -96,7 +96,7 @@ def test_mistakes_are_one_line(
 ) -> None:
     no_name = '{"title": "", "config": {}, "protocol": [], "rows": [{}]}'
     for content, message in (
-        (None, "folder must be one with results.json in it, got none"),
+        (None, "folder must be one with results.json or budget.json in it, got none"),
         ("{}", "file must be what evaluate.py writes"),
         ("{", "file must be JSON"),
         (no_name, "rows[0]: key must be 'name'"),

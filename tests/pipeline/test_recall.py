@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from kvsmith.pipeline.evaluation.candidate import FULL
-from kvsmith.pipeline.evaluation.recall import Planted, plant, recall, words_of
+from kvsmith.pipeline.evaluation.planted import Keys, Planted, plant, words_of
+from kvsmith.pipeline.evaluation.recall import recall
 
 Micro = Callable[..., Any]
 
@@ -51,9 +52,10 @@ class Words:
         return {"input_ids": [int(word[1:]) for word in text.split()]}
 
 
-def planted(texts: Tensor) -> Planted:
+def planted(texts: Tensor, together: bool = False) -> Planted:
     words = [f"w{i}" for i in range(2, 97)]
-    return plant(texts, (0.0, 0.5, 1.0), words, Words(), size=12, cue=4, seed=0)
+    keys = Keys(words, Words(), size=12, cue=4, seed=0)  # type: ignore[arg-type]
+    return plant(texts, (0.0, 0.5, 1.0), keys, together)
 
 
 def test_keys_are_planted_at_their_depths(ids: Tensor) -> None:
@@ -65,22 +67,39 @@ def test_keys_are_planted_at_their_depths(ids: Tensor) -> None:
         assert rest.equal(ids[row // 3, :88])
     assert len({tuple(key.tolist()) for key in rows.key}) == 9
     assert planted(ids).key.equal(rows.key)
+    assert rows.blank.shape == (9, 100) and not rows.blank[:, :12].equal(rows.context[:, :12])
+
+
+def test_keys_are_planted_together(ids: Tensor) -> None:
+    rows = planted(ids, together=True)
+    assert rows.context.shape == rows.blank.shape == (9, 100)
+    for row in range(9):
+        assert rows.context[row].equal(rows.context[row // 3 * 3])
+        for i, at in enumerate([0, 44, 88]):  # 64 tokens of text, 32 before the second key
+            own = rows.context[row, at : at + 12]
+            assert own.equal(rows.key[row // 3 * 3 + i])
+            assert not own.equal(rows.blank[row, at : at + 12])
+    found = recall(Copier(), list, [rows], batch=4)
+    assert (found.keys, found.exact, found.lengths) == (9, 1, (100,))
 
 
 def test_recall_of_a_perfect_copier_and_of_noise(model: Any, ids: Tensor) -> None:
     rows = planted(ids)
-    perfect = recall(Copier(), list, rows, batch=4)
-    assert (perfect.keys, perfect.tokens, perfect.correct, perfect.exact) == (9, 8, 1, 1)
-    assert perfect.nll < 1e-5 and len(perfect.gain_by_depth) == 3
+    short = planted(ids[:, :50])
+    perfect = recall(Copier(), list, [short, rows], batch=4)
+    assert (perfect.keys, perfect.tokens, perfect.correct, perfect.exact) == (18, 8, 1, 1)
+    assert perfect.nll < 1e-5 and perfect.lengths == (50, 100)
+    assert perfect.exact_grid == ((1, 1, 1), (1, 1, 1))
     # Where another key is planted the copier knows nothing: log 97 nats a token.
     assert perfect.gain == pytest.approx(math.log(97), abs=0.2)
-    assert sum(perfect.gain_by_depth) / 3 == pytest.approx(perfect.gain)
-    noise = recall(model, lambda: FULL.cache(model), rows, batch=4)
+    assert sum(map(sum, perfect.grid)) / 6 == pytest.approx(perfect.gain)
+    assert perfect.gain_se is not None and perfect.gain_se < 0.1
+    noise = recall(model, lambda: FULL.cache(model), [rows], batch=4)
     assert noise.exact == 0 and noise.nll > 1 and abs(noise.gain) < perfect.gain / 4
 
 
 def test_recall_reads_the_key_through_the_cache(ids: Tensor) -> None:
-    forgetful = recall(Copier(), Forgetful, planted(ids), batch=4)
+    forgetful = recall(Copier(), Forgetful, [planted(ids)], batch=4)
     assert forgetful.exact == 0
 
 
@@ -94,6 +113,3 @@ class Forgetful(list[Tensor]):
 def test_words_are_plain_and_sorted() -> None:
     assert words_of("the Zebra plum, grape x1yz lemonade") == ["grape", "lemonade"]
     assert words_of("pear apple pear") == ["apple", "pear"]
-
-
-# -- bytes and speed -------------------------------------------------------------------------

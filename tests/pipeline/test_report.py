@@ -10,17 +10,22 @@ from typing import Literal
 import pytest
 import torch
 
+from kvsmith.geometry import LayerGeometry, ModelGeometry
 from kvsmith.pipeline.evaluation.candidate import FULL, Candidate
+from kvsmith.pipeline.evaluation.drift import Drift
 from kvsmith.pipeline.evaluation.fidelity import Fidelity
 from kvsmith.pipeline.evaluation.footprint import Footprint
 from kvsmith.pipeline.evaluation.greedy import Agreement
 from kvsmith.pipeline.evaluation.measure import Measurement
+from kvsmith.pipeline.evaluation.questions import Answers
 from kvsmith.pipeline.evaluation.recall import Recall
 from kvsmith.pipeline.report import table
+from kvsmith.pipeline.report.chart import drifts, memory
 from kvsmith.pipeline.report.codebooks import Codebook, plot_codebooks
-from kvsmith.pipeline.report.plots import family, plot_losses
+from kvsmith.pipeline.report.plots import family, plot_chart, plot_losses
 from kvsmith.pipeline.report.table import Row
 
+SHAPE = ModelGeometry((LayerGeometry(2, 4, 64, 64),) * 2)
 PNG = b"\x89PNG\r\n"
 
 
@@ -34,8 +39,11 @@ def row(
     found = Measurement(
         size,
         fidelity,
-        Agreement(4, 256, 0.5, 99, 1),
-        Recall(20, 16, 1, 1.5, (1, 2), 0.9, 0.5),
+        Agreement(4, 256, 0.5, 0.1, 99, 7.0, 1),
+        Drift(4, 256, delta / 4, 0.001, 0.9, (128, 256), (delta / 5, delta / 3)),
+        recall := Recall(20, 16, 1, 1.5, 0.2, 0.9, 0.5, (256,), ((1, 2),), ((0, 1),)),
+        recall,
+        Answers(4, 0.5, 0.25, (True, False, True, False)),
         bits - 1,
     )
     return Row(Candidate(name, role, f"conf/{name}"), found)
@@ -73,14 +81,16 @@ def test_cells_stand_under_their_columns(rows: list[Row]) -> None:
         "KLD": "2.00e-03",
         "KLD 99.9%": "2.00e-02",
         "top-1 %": "90.00",
-        "greedy %": "50",
-        "greedy len": "99",
-        "recall": "1.50",
-        "exact %": "50",
         "tok/s": "50",
     }
     control = dict(zip(table.COLUMNS, table.cells(rows[0]), strict=True))
     assert control["ppl"] == "7.500" and control["ppl %"] == control["KLD"] == ""
+    assert table.task_cells(rows[1]) == [
+        *("int4", "50", "10", "99", "7", "1.00e-03", "1.00e-03", "1.50", "0.20", "50"),
+        *("1.50", "0.20", "50", "50.0", "25.0"),
+    ]
+    assert len(table.TASKS) == len(table.task_cells(rows[0]))
+    assert table.answered(rows)[0].startswith("int4: +0.0 +- 0.0 points against full precision on")
 
 
 def test_comparison_names_every_relation(rows: list[Row]) -> None:
@@ -110,9 +120,11 @@ def test_markdown_and_json_hold_every_row(rows: list[Row]) -> None:
     page = table.markdown("tiny", ["16 windows"], rows)
     lines = page.splitlines()
     grid = [line for line in lines if line.startswith("|")]
-    assert len(grid) == 2 + len(rows)
-    assert {line.count("|") for line in grid} == {len(table.COLUMNS) + 1}
-    assert lines[0] == "# tiny" and "- 16 windows" in lines and "nuq3 at" in lines[-1]
+    assert len(grid) == 2 * (2 + len(rows))
+    widths = {len(table.COLUMNS) + 1, len(table.TASKS) + 1}
+    assert {line.count("|") for line in grid} == widths
+    assert lines[0] == "# tiny" and "- 16 windows" in lines
+    assert any("nuq3 at" in line for line in lines)
     data = json.loads(json.dumps(table.plain(rows[2])))
     assert (data["name"], data["source"], data["fidelity"]["delta"]) == ("int3", "conf/int3", 0.03)
 
@@ -136,8 +148,10 @@ def test_figures_are_written(tmp_path: Path, rows: list[Row]) -> None:
     book = Codebook("layer 0, keys", density, density.flip(0), torch.linspace(-0.9, 0.9, 8))
     plot_codebooks([book] * 3, tmp_path / "codebooks.png", "nuq3")
     plot_losses([none], tmp_path / "one.png", "tiny")
-    for name in ("losses.png", "codebooks.png", "one.png"):
+    plot_chart(drifts(rows), tmp_path / "drift.png")
+    plot_chart(memory(rows, SHAPE, 10**9), tmp_path / "memory.png")
+    for name in ("losses.png", "codebooks.png", "one.png", "drift.png", "memory.png"):
         assert (tmp_path / name).read_bytes().startswith(PNG)
     assert sorted(p.name for p in tmp_path.iterdir()) == [
-        *("codebooks.png", "losses.png", "one.png"),
+        *("codebooks.png", "drift.png", "losses.png", "memory.png", "one.png"),
     ]
