@@ -42,7 +42,9 @@ class Mask(Protocol):
         """Whether a query sees every column up to its own, in every row."""
 
     def window(self, rows: slice, columns: slice) -> torch.Tensor | None:
-        """[B or 1, 1, rows, columns] bool; None where all queries see all columns."""
+        """[B or 1, 1, rows, columns] bool, or [B or 1, Hq, rows, columns] float that is added to
+        logits; None where all queries see all columns.
+        """
 
 
 class Rotation(Protocol):
@@ -208,11 +210,17 @@ def attend_dense(
         if seen is not None:
             # A padded query sees nothing; any finite output will do, NaN would spread through later
             # layers.
-            seen = seen | ~seen.any(-1, keepdim=True)
+            seen = _never_blind(seen)
         outs.append(
             F.scaled_dot_product_attention(q[:, :, r], k, v, seen, scale=scale, enable_gqa=grouped)
         )
     return torch.cat(outs, dim=2).transpose(1, 2)
+
+
+def _never_blind(seen: torch.Tensor) -> torch.Tensor:
+    if seen.dtype == torch.bool:
+        return seen | ~seen.any(-1, keepdim=True)
+    return seen.masked_fill(seen.isneginf().all(-1, keepdim=True), 0.0)
 
 
 def _slices(total: int, step: int) -> Iterator[slice]:

@@ -28,7 +28,8 @@ def attend(
         k: [B, H, C, D] float, keys in the queries' domain (rotated as they are).
         v: [B, H, C, Dv] float, values.
         scale: factor on the logits.
-        mask: [B or 1, H * G or 1, T or 1, C] bool, true where a query sees a token; None for all.
+        mask: [B or 1, H * G or 1, T or 1, C] bool, true where a query sees a token, or float to add
+            to the logits; None for all.
         softcap: logits become softcap * tanh(logits / softcap); None for none.
         k_low, v_low: factors (left, right) of a term that k and v lack, see `low_rank`; None for
             none.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from kvsmith.kernels.low_rank.api import LowRankTerm, low_rank_logits, low_rank_values
+from kvsmith.kernels.mask import masked
 from kvsmith.kernels.partial import Partial
 
 
@@ -29,7 +30,7 @@ def attend(
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     if mask is not None:
-        logits = logits.view(B, Hq, T, C).masked_fill(~mask, float("-inf")).view(B, H, -1, C)
+        logits = masked(logits.view(B, Hq, T, C), mask).view(B, H, -1, C)
     lse = torch.logsumexp(logits, dim=-1)  # [B, H, G * T]
     anchor = lse.masked_fill(lse.isneginf(), 0.0)
     p = torch.exp(logits - anchor.unsqueeze(-1))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from kvsmith.kernels.mask import masked
+
 # Logits held at once.
 LOGIT_ELEMENTS = 1 << 23
 
@@ -33,7 +35,7 @@ def column_scores(
             logits = softcap * torch.tanh(logits / softcap)
         if mask is not None:
             seen = mask if mask.shape[2] == 1 else mask[:, :, rows]
-            logits = logits.masked_fill(~seen, float("-inf"))
+            logits = masked(logits, seen)
         weights = torch.exp(logits - anchor[:, :, rows, None])
         total += weights.view(B, H, -1, C).sum(2)
     return total

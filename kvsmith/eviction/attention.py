@@ -132,7 +132,9 @@ def _row_slices(q: torch.Tensor, keys: torch.Tensor) -> Iterator[slice]:
 def _visible(
     mask: Mask, rows: slice, old: Tokens | None, before: int, stop: int, query_heads: int
 ) -> torch.Tensor | None:
-    """[B, Hq or 1, rows or 1, C + stop] bool of kept and new tokens; None where all are seen."""
+    """[B, Hq or 1, rows or 1, C + stop] bool or float of kept and new tokens; None where all are
+    seen.
+    """
     new = mask.window(rows, slice(before, before + stop))
     if old is None:
         return new
@@ -152,7 +154,7 @@ def _visible(
 def _visible_kept(
     mask: Mask, rows: slice, old: Tokens, before: int, query_heads: int
 ) -> torch.Tensor:
-    """[B, Hq, rows or 1, C] bool: which kept tokens the queries see; rows have holes here."""
+    """[B, Hq, rows or 1, C] bool or float of kept tokens; rows have holes here."""
     groups = query_heads // old.columns.shape[1]
     columns = old.columns.repeat_interleave(groups, 1)[:, :, None]  # [B, Hq, 1, C]
     whole = mask.window(rows, slice(0, before))
@@ -160,4 +162,5 @@ def _visible_kept(
         return columns >= 0
     index = columns.clamp(min=0).expand(-1, -1, whole.shape[2], -1)
     shown = whole.expand(index.shape[0], index.shape[1], -1, -1).gather(-1, index)
-    return shown & (columns >= 0)
+    there = columns >= 0
+    return shown & there if shown.dtype == torch.bool else shown.masked_fill(~there, float("-inf"))

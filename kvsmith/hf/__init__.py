@@ -1,9 +1,9 @@
 """The seam to transformers: all that the runtime knows of it stands in this folder.
 
 `geometry` reads a model's shape, `masks` and `seam` hook into its attention, `cache` is what
-`generate(past_key_values=...)` takes, `dense` serves families without the attention interface and
-`observe` lets calibration watch, `share` lets layers share. Public interfaces only; no model file
-is patched.
+`generate(past_key_values=...)` takes, `dense` and `answer` serve families without the attention
+interface, `observe` lets calibration watch, `share` lets layers share. Public interfaces only; no
+model file is patched.
 """
 
 from kvsmith.hf.cache import KVCache, make_cache

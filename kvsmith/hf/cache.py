@@ -11,15 +11,15 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from kvsmith.attention import Rotation, Scores, attend_store
+from kvsmith.attention import Mask, Rotation, Scores, attend_store
 from kvsmith.errors import explain
 from kvsmith.eviction.attention import attend_kept, rotate_tokens
 from kvsmith.eviction.store import EvictingStore
 from kvsmith.eviction.tokens import Fold, Tokens
 from kvsmith.geometry import ModelGeometry
 from kvsmith.hf import dense
+from kvsmith.hf.answer import answering, can_answer, mask_of
 from kvsmith.hf.geometry import geometry
-from kvsmith.hf.masks import LazyMask, TensorMask
 from kvsmith.hf.seam import ATTACHED, HANDLE, Seam, SeamCache, attach
 from kvsmith.key_rotation import KeyRotation
 from kvsmith.layout import check_geometry, evicting_layers
@@ -53,13 +53,14 @@ class LayerHandle:
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        mask: LazyMask | TensorMask,
+        mask: Mask,
         scores: Scores,
     ) -> torch.Tensor:
-        """Rotate and attend; see `attention.attend_store`."""
+        """Rotate, where that was deferred, and attend; see `attention.attend_store`."""
         assert seam.call is not None
         cache, store = self.cache, self.cache.stores[self.layer]
-        q, k = seam.turn(q, seam.call.rope), seam.turn(k, self.rope)
+        if seam.deferred:
+            q, k = seam.turn(q, seam.call.rope), seam.turn(k, self.rope)
         rotate = cache.rotation(seam, q.dtype)
         if isinstance(store, EvictingStore):
             out, mass = attend_kept(q, k, v, store, mask, rotate, scores)
@@ -155,6 +156,8 @@ class KVCache(Cache, SeamCache):
         store, before = self.stores[layer_idx], self.stores[layer_idx].length
         if seam.call.positions is not None and self.positions.length == before and self._pre:
             self.positions.append(seam.call.positions, seam.attachment.frequencies())
+        if not seam.deferred and isinstance(store, EvictingStore):
+            return self._update_answering(seam, store, key_states, value_states)
         if not seam.deferred:
             return self._update_dense(seam, store, key_states, value_states)
         if self._pre and seam.uses_rope and seam.call.source is None:
@@ -185,6 +188,23 @@ class KVCache(Cache, SeamCache):
         store.append(stored, dense.one_of_each_group(v, heads), dense.padding_of(seam.call.mask))
         old = dense.rebuild(store, before, self.rotation(seam, k.dtype), k, v)
         return dense.join(old[0], k), dense.join(old[1], v)
+
+    def _update_answering(
+        self, seam: Seam, store: EvictingStore, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """For modules that attend by themselves, where tokens are evicted: see `hf.answer`."""
+        assert seam.call is not None
+        handle = LayerHandle(self, seam.layer, store.length, seam.call.rope)
+        heads, mask = store.geometry.kv_heads, mask_of(seam.call.mask)
+        new, values = dense.one_of_each_group(k, heads), dense.one_of_each_group(v, heads)
+        stored = dense.unrotate(seam, new) if self._pre else new
+        store.append(stored, values, dense.padding_of(seam.call.mask))
+        scores = Scores(k.shape[-1] ** -0.5)
+
+        def answer(q: torch.Tensor) -> torch.Tensor:
+            return handle.attend(seam, q, new, values, mask, scores).transpose(1, 2)
+
+        return answering(k, answer), v
 
     @property
     def _pre(self) -> bool:
@@ -334,6 +354,10 @@ def make_cache(
     shape = geometry(model.config)
     if evicting_layers(spec, shape) and not ATTACHED[model].deferred:
         where = f"model ({model.config.model_type})"
-        expected = "by transformers' attention interface, for a cache that evicts"
-        raise ValueError(explain(where, "attention", expected, "the module's own"))
+        if not can_answer(model):
+            expected = "by transformers' attention interface, for a cache that evicts"
+            raise ValueError(explain(where, "attention", expected, "the module's own"))
+        if len(shape.owners) != len(shape.layers):
+            expected = "not shared, for a cache that evicts"
+            raise ValueError(explain(where, "layers", expected, "kv_owner"))
     return KVCache(spec, shape, parameters or {})

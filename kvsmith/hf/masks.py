@@ -101,6 +101,27 @@ class TensorMask:
         return self.mask[:, :, rows, columns]
 
 
+class BiasMask:
+    """A ready 4-D mask of numbers for the logits, in the form of `attention.Mask`.
+
+    Only differences within a row matter. The largest becomes 0, so that ALiBi counts from the query
+    and a state's weight does not depend on how long the text is.
+    """
+
+    padding = None
+    is_causal = False
+    reach = None
+
+    def __init__(self, mask: torch.Tensor) -> None:
+        bias = mask.float().masked_fill(mask <= torch.finfo(mask.dtype).min / 2, float("-inf"))
+        largest = bias.amax(-1, keepdim=True)
+        self.mask = bias - largest.masked_fill(largest.isneginf(), 0.0)
+
+    def window(self, rows: slice, columns: slice) -> torch.Tensor | None:
+        """[B, Hq, rows, columns] float32, -inf where nothing is seen; see `attention.Mask`."""
+        return self.mask[:, :, rows, columns]
+
+
 def _reach(function: Any) -> int | None:
     """Columns that a query sees back by a mask function of transformers that is causal, or causal
     and a sliding window; None for any other.

@@ -22,7 +22,7 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from kvsmith.attention import Scores
+from kvsmith.attention import Mask, Scores
 from kvsmith.errors import explain
 from kvsmith.hf.geometry import geometry
 from kvsmith.hf.masks import LazyMask, TensorMask, make_mask
@@ -69,7 +69,7 @@ class Handle(Protocol):
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        mask: LazyMask | TensorMask,
+        mask: Mask,
         scores: Scores,
     ) -> torch.Tensor:
         """[B, T, Hq, Dv] attention of the queries over stored and new tokens."""

@@ -70,9 +70,9 @@ class LayerTrainer:
         with torch.enable_grad():
             for _ in range(self.cfg.steps):
                 stride = min(self.cfg.stride, gone.k.shape[2] // gone.block)
-                pick = Pick(_draw(stride, draw), stride)
+                pick = Pick(draw_one(stride, draw), stride)
                 ranks = self.cfg.trained_ranks
-                rank = ranks[_draw(len(ranks), draw)]
+                rank = ranks[draw_one(len(ranks), draw)]
                 loss = relative_error(self.map, rank, seen, gone, self.weight, pick)
                 losses.append(loss.item())
                 if not math.isfinite(losses[-1]):
@@ -81,7 +81,7 @@ class LayerTrainer:
                     what = f"loss at step {self.done + 1}"
                     raise ValueError(explain(where, what, "finite", losses[-1], remedy))
                 for group in self.optimizer.param_groups:
-                    group["lr"] = self.cfg.lr * _schedule(self.done, self.total)
+                    group["lr"] = self.cfg.lr * schedule(self.done, self.total)
                 self.optimizer.zero_grad()
                 loss.backward()
                 self.optimizer.step()
@@ -162,11 +162,12 @@ def initial(
     return {**made, "psi.bias": made["psi.bias"] + best}
 
 
-def _draw(count: int, draw: torch.Generator) -> int:
+def draw_one(count: int, draw: torch.Generator) -> int:
+    """A number below `count`."""
     return int(torch.randint(0, count, (1,), generator=draw))
 
 
-def _schedule(step: int, total: int) -> float:
+def schedule(step: int, total: int) -> float:
     """Warm-up, then a cosine down to a twentieth."""
     cosine = 0.5 * (1 + math.cos(math.pi * min(step / max(total, 1), 1.0)))
     return min(1.0, (step + 1) / WARMUP) * (0.05 + 0.95 * cosine)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from kvsmith.errors import explain
 from kvsmith.eviction.policy import H2O, TOVA, Eviction, KeepAll, Lambda, Policy
 from kvsmith.less.spec import Exponential, Features, Less
+from kvsmith.strict import added_later
 
 Budget = int | float
 
@@ -105,6 +106,8 @@ class LessTraining:
         lr: largest learning rate; a cosine ends at a twentieth of it.
         held: sequences of the calibration split that measure what was gained.
         seed: of initial features, sequences and choices.
+        joint_steps: further steps with all layers compressed at once, on the model's predictions.
+        joint_lr: largest learning rate of those.
     """
 
     features: Features = field(default_factory=Exponential)
@@ -121,8 +124,12 @@ class LessTraining:
     lr: float = 0.03
     held: int = 8
     seed: int = 0
+    joint_steps: int = added_later(0)
+    joint_lr: float = added_later(0.003)
 
     def __post_init__(self) -> None:
+        if self.joint_steps < 0:
+            raise ValueError(explain("less.joint_steps", "value", "at least 0", self.joint_steps))
         for name in ("samples", "batch_size", "steps", "stride", "held"):
             if getattr(self, name) < 1:
                 raise ValueError(
@@ -145,4 +152,6 @@ class LessTraining:
 
     def smoke(self) -> LessTraining:
         """The same path in seconds."""
-        return replace(self, samples=4, batch_size=2, steps=3, held=2)
+        return replace(
+            self, samples=4, batch_size=2, steps=3, held=2, joint_steps=min(self.joint_steps, 2)
+        )

@@ -17,11 +17,13 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from kvsmith.attention import Scores, attend_dense
+from kvsmith.attention import Mask, Scores, attend_dense
 from kvsmith.eviction.attention import attend_there, rotate_tokens
 from kvsmith.eviction.store import EvictingStore
 from kvsmith.eviction.tokens import Tokens
-from kvsmith.hf.masks import LazyMask, TensorMask
+from kvsmith.hf.answer import answering, mask_of
+from kvsmith.hf.dense import one_of_each_group, unrotate
+from kvsmith.hf.masks import BiasMask, LazyMask
 from kvsmith.hf.seam import HANDLE, Seam, SeamCache, attach
 from kvsmith.kernels.partial import Partial
 from kvsmith.rope import CosSin
@@ -40,6 +42,7 @@ class Layer:
         turn: the model's rotary function.
         out: [B, Hq, T, Dv] full attention.
         scores: scale and its like.
+        bias: [B, Hq, T, T] float32 that is added to logits (ALiBi), None for none.
     """
 
     index: int
@@ -50,9 +53,11 @@ class Layer:
     turn: Callable[[Tensor, CosSin | None], Tensor]
     out: Tensor
     scores: Scores
+    bias: BiasMask | None = None
 
 
-Visit = Callable[[Layer], None]
+# May return another attention to go on with, [B, Hq, T, Dv].
+Visit = Callable[[Layer], Tensor | None]
 
 
 class Sweep(DynamicCache, SeamCache):  # type: ignore[misc]
@@ -76,11 +81,30 @@ class Sweep(DynamicCache, SeamCache):  # type: ignore[misc]
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
         """Hand keys on with a handle to the visitor."""
+        seam = self._seams[layer_idx]
+        assert seam.call is not None
+        if not seam.deferred:
+            return self._answering(seam, key_states, value_states), value_states
         handed = key_states.view_as(key_states)
-        rope = self._seams[layer_idx].call
-        assert rope is not None
-        setattr(handed, HANDLE, _Handle(self.visit, key_states, rope.rope))
+        setattr(handed, HANDLE, _Handle(self.visit, key_states, seam.call.rope))
         return handed, value_states
+
+    def _answering(self, seam: Seam, k: Tensor, v: Tensor) -> Tensor:
+        """For modules that attend by themselves; see `hf.answer`."""
+        assert seam.call is not None
+        heads = seam.attachment.geometry.layers[seam.layer].kv_heads
+        new, values = one_of_each_group(k, heads), one_of_each_group(v, heads)
+        mask, scores = mask_of(seam.call.mask), Scores(k.shape[-1] ** -0.5)
+        shown = (unrotate(seam, new.detach()), values.detach(), seam.call.rope, seam.turn)
+        bias = mask if isinstance(mask, BiasMask) else None
+
+        def answer(q: Tensor) -> Tensor:
+            with torch.no_grad():
+                out = attend_dense(q, new, values, mask, scores.scale).transpose(1, 2)
+            other = self.visit(Layer(seam.layer, q.detach(), *shown, out, scores, bias))
+            return out if other is None else other
+
+        return answering(k, answer)
 
 
 @dataclass
@@ -96,22 +120,30 @@ class _Handle:
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        mask: LazyMask | TensorMask,
+        mask: Mask,
         scores: Scores,
     ) -> Tensor:
         assert seam.call is not None
         q = seam.turn(q, seam.call.rope)
-        out = attend_dense(q, seam.turn(k, self.rope), v, mask, scores.scale)
-        shown = (q, self.k, v, self.rope, seam.turn, out.transpose(1, 2), scores)
-        self.visit(Layer(seam.layer, *shown))
-        return out
+        with torch.no_grad():
+            out = attend_dense(q, seam.turn(k, self.rope), v, mask, scores.scale)
+        shown = (x.detach() for x in (q, self.k, v))
+        layer = Layer(seam.layer, *shown, self.rope, seam.turn, out.transpose(1, 2), scores)
+        other = self.visit(layer)
+        return out if other is None else other.transpose(1, 2)
 
 
 @torch.no_grad()
 def sweep(model: PreTrainedModel, ids: Tensor, visit: Visit) -> None:
     """Read sequences [B, T] with full attention and show every layer's activations."""
+    forward(model, ids, visit, logits_to_keep=1)
+
+
+def forward(model: PreTrainedModel, ids: Tensor, visit: Visit, **more: int) -> Tensor:
+    """Logits of sequences [B, T] read at once, with what the visitor returns as attention."""
     attach(model)
-    model(input_ids=ids, past_key_values=Sweep(visit), use_cache=True, logits_to_keep=1)
+    out = model(input_ids=ids, past_key_values=Sweep(visit), use_cache=True, **more)
+    return out.logits  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -163,7 +195,8 @@ def replay(layer: Layer, store: EvictingStore) -> Replay | None:
         store.append(k, layer.v[:, :, span])
         rope = None if layer.rope is None else (layer.rope[0][:, span], layer.rope[1][:, span])
         new = (layer.q[:, :, span], layer.turn(k, rope), layer.v[:, :, span])
-        part, mass = attend_there(*new, store, _causal(done, size, k), rotate, layer.scores)
+        mask = _causal(done, size, k) if layer.bias is None else _Later(layer.bias, done)
+        part, mass = attend_there(*new, store, mask, rotate, layer.scores)
         store.settle(mass, gone.append)
         parts.append(part)
         done += size
@@ -171,6 +204,20 @@ def replay(layer: Layer, store: EvictingStore) -> Replay | None:
     after = parts[1:]
     kept = Partial(torch.cat([p.out for p in after], 2), torch.cat([p.lse for p in after], 2))
     return Replay(first, block, kept, rotate_tokens(rotate, lost), lost.v)
+
+
+@dataclass
+class _Later:
+    """The mask of queries from `first` on."""
+
+    bias: BiasMask
+    first: int
+    padding = None
+    is_causal = False
+    reach = None
+
+    def window(self, rows: slice, columns: slice) -> Tensor | None:
+        return self.bias.window(slice(self.first + rows.start, self.first + rows.stop), columns)
 
 
 def _causal(before: int, size: int, like: Tensor) -> LazyMask:

@@ -22,6 +22,7 @@ from kvsmith.pipeline.calibration import describe_model, find_calibration, param
 from kvsmith.pipeline.config import output_path
 from kvsmith.pipeline.data import DataConfig, data_name, token_blocks, tokens_hash
 from kvsmith.pipeline.less.estimate import estimate
+from kvsmith.pipeline.less.joint import Joint
 from kvsmith.pipeline.less.options import EvictionChoice, LessTraining, context_of, resolve
 from kvsmith.pipeline.less.result import RECORD, Source, write_trained
 from kvsmith.pipeline.less.training import Training
@@ -82,6 +83,8 @@ def train_less(
         own = workers.in_turn(lambda: codec_parameters(codec, model_cfg, model, spec, log), stop)
         training = Training(model, spec, own, cfg, tokens, held, unfinished, workers, log, stop)
         training.run()
+        if cfg.joint_steps:
+            Joint(training).run()
         left, error = training.measure()
         ranks = training.ranks(left, error)
         tensors = training.tensors()

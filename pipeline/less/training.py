@@ -40,7 +40,7 @@ PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj")
 
 @dataclass
 class Training:
-    """One training of all layers.
+    """One training of all layers, each for itself; `joint.py` goes on with all at once.
 
     Args:
         model: in evaluation mode, on the workers' device.
@@ -91,6 +91,8 @@ class Training:
         """
         batches = self.tokens.split(self.cfg.batch_size)
         first = self._restore()
+        if first == len(batches):
+            return
         if first:
             self.log.say(f"continuing at batch {first} of {len(batches)} from {self.folder}")
             self.log.rewind(first)
@@ -107,25 +109,31 @@ class Training:
         return min(batch * self.cfg.batch_size, len(self.tokens)) * self.tokens.shape[1]
 
     def _batch(self, number: int, ids: Tensor) -> dict[int, float]:
-        policy = self._policy(self.cfg.budgets[number % len(self.cfg.budgets)])
+        policy = self.policy(self.cfg.budgets[number % len(self.cfg.budgets)])
         losses: dict[int, float] = {}
 
         def visit(seen: Layer) -> None:
             if seen.index in self.own and self.done[seen.index] <= number:
-                gone = self._replay(seen, policy)
+                gone = self.replay(seen, policy)
                 losses[seen.index] = self.trainers[seen.index].train(seen, gone, number)
 
         sweep(self.model, ids.to(self.workers.device), visit)
         self.done = {i: max(done, number + 1) for i, done in self.done.items()}
         return losses
 
-    def _policy(self, factor: float) -> Policy:
+    def policy(self, factor: float) -> Policy:
+        """The eviction with its budget times a factor."""
         assert not isinstance(self.spec.eviction, KeepAll)
         codec = self.spec.codec
         least = codec.sinks + codec.recent + 2 * codec.block_size
         return scaled(self.spec.eviction, factor, least)
 
-    def _replay(self, seen: Layer, policy: Policy) -> Replay:
+    def replay(self, seen: Layer, policy: Policy) -> Replay:
+        """What a policy does to a layer's attention.
+
+        Raises:
+            ValueError: the sequences are too short for it to evict.
+        """
         own = CacheSpec(self.spec.codec, policy, self.spec.page_size)
         store = make_store(own, self.geometry, seen.index, self.parameters)
         gone = replay(seen, store)  # type: ignore[arg-type]
@@ -149,7 +157,7 @@ class Training:
         def visit(seen: Layer) -> None:
             if seen.index not in self.own:
                 return
-            trainer, gone = self.trainers[seen.index], self._replay(seen, self._policy(1.0))
+            trainer, gone = self.trainers[seen.index], self.replay(seen, self.policy(1.0))
             error[seen.index].append(_error(seen, gone, trainer.weight))
             for rank, shares in left[seen.index].items():
                 assert trainer.map is not None

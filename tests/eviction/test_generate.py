@@ -14,6 +14,8 @@ IDENTITY = TensorCodec(Identity())
 WINDOWS = {"sinks": 2, "recent": 8, "block_size": 8}
 # With softcaps (gemma2), learned sinks (gpt_oss), sliding windows, shared layers (gemma3n), YaRN.
 FAMILIES = ["llama", "llama-mqa", "llama-yarn", "gemma2", "gpt_oss", "gpt2", "smollm3", "gemma3n"]
+# Modules that attend by themselves, by RoPE or ALiBi.
+FALCONS = ["falcon-rope", "falcon-alibi", "falcon-grouped", "falcon-alibi-mqa"]
 
 
 def spec(policy, codec=IDENTITY, **windows):
@@ -32,7 +34,7 @@ def padded(ids):
     return mask
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *FALCONS])
 @pytest.mark.parametrize("policy", [Lambda(200), H2O(200), TOVA(200)], ids=lambda p: p.kind)
 def test_a_budget_that_is_not_reached_changes_nothing(family, policy, ids, padded):
     model = build(family, layers=4 if family == "gemma3n" else 2)

@@ -90,6 +90,7 @@ FAMILIES = {
     ),
     "falcon-rope": ("FalconConfig", {**_FALCON, "alibi": False, "multi_query": True}),
     "falcon-alibi": ("FalconConfig", {**_FALCON, "alibi": True, "multi_query": False}),
+    "falcon-alibi-mqa": ("FalconConfig", {**_FALCON, "alibi": True, "multi_query": True}),
     "falcon-grouped": (
         "FalconConfig",
         {**_FALCON, "alibi": False, "new_decoder_architecture": True, "num_kv_heads": 2},
