@@ -50,7 +50,7 @@ def column_scores(
         expected = "q [B, H*G, T, D], k [B, H, C, D], lse [B, H*G, T]"
         raise ValueError(explain("column_scores", "shapes", expected, shapes))
     added = mask is not None and mask.dtype != torch.bool
-    if added and impl == "triton":
+    if mask is not None and added and impl == "triton":
         raise ValueError(explain("column_scores", "mask", "bool with impl=triton", mask.dtype))
     if impl is None:
         plain = added or k.dtype == torch.float64

@@ -127,9 +127,8 @@ class _Handle:
         q = seam.turn(q, seam.call.rope)
         with torch.no_grad():
             out = attend_dense(q, seam.turn(k, self.rope), v, mask, scores.scale)
-        shown = (x.detach() for x in (q, self.k, v))
-        layer = Layer(seam.layer, *shown, self.rope, seam.turn, out.transpose(1, 2), scores)
-        other = self.visit(layer)
+        shown = q.detach(), self.k.detach(), v.detach(), self.rope, seam.turn
+        other = self.visit(Layer(seam.layer, *shown, out.transpose(1, 2), scores))
         return out if other is None else other.transpose(1, 2)
 
 
@@ -143,7 +142,7 @@ def forward(model: PreTrainedModel, ids: Tensor, visit: Visit, **more: int) -> T
     """Logits of sequences [B, T] read at once, with what the visitor returns as attention."""
     attach(model)
     out = model(input_ids=ids, past_key_values=Sweep(visit), use_cache=True, **more)
-    return out.logits  # type: ignore[no-any-return]
+    return out.logits
 
 
 @dataclass(frozen=True)

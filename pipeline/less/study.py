@@ -59,7 +59,7 @@ STATES: dict[str, tuple[str, ...]] = {
     TRANSFERRED: (),
     "state, then all layers at once": ("less.joint_steps=24",),
     "state, ranks allotted": ("less.trained_ranks=[2,4,8,16,32]", "less.allot=true"),
-    "paper's MLP": ("less.features={kind: mlp, hidden: 512}", "less.lr=0.005"),
+    "paper's MLP": ("less.features.kind=mlp", "+less.features.hidden=512", "less.lr=0.005"),
 }
 
 
@@ -179,7 +179,7 @@ def decoded(
         nll, kld, _ = compare(new, full[:, span], targets)
         nlls.append(nll.double())
         klds.append(kld.double())
-    nbytes = cache.bytes()  # type: ignore[attr-defined]
+    nbytes = cache.bytes()
     held = (nbytes.total - nbytes.parameters - nbytes.positions) // len(ids)
     return torch.cat(nlls, 1).mean(1), float(torch.cat(klds, 1).mean()), held
 

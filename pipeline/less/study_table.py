@@ -156,5 +156,5 @@ def write_table(folder: Path, results: list[Result], log: Run) -> None:
         for line in made
     ]
     names = ("policy", "budget", "cache", "seeds", "ppl", "KLD", "recovered %", "+-")
-    names = (*names, "sd of seeds", "bytes", "training s")
-    log.table("What states recover", names, shown)
+    more = ("sd of seeds", "bytes", "training s")
+    log.table("What states recover", (*names, *more), shown)
