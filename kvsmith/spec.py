@@ -120,6 +120,12 @@ class CodecSpec:
         own = next((c for c in self.layers if c.layer == layer), self)
         return replace(self, k=own.k, v=own.v, layers=())
 
+    @property
+    def takes_rotations(self) -> bool:
+        """Whether a side of a layer has `rotation: given`."""
+        keys, values = ([c.k for c in self.layers], [c.v for c in self.layers])
+        return any(side.rotation == "given" for side in (self.k, self.v, *keys, *values))
+
     def of_prompt(self) -> CodecSpec:
         """The codec of one layer as it stores the pages of the prompt."""
         k, v = (
@@ -181,8 +187,7 @@ def slot_tokens(codec: CodecSpec, budget: int) -> int:
 
 
 def _check_budget(codec: CodecSpec, policy: Policy) -> None:
-    keys, values = ([c.k for c in codec.layers], [c.v for c in codec.layers])
-    if any(side.rotation == "given" for side in (codec.k, codec.v, *keys, *values)):
+    if codec.takes_rotations:
         expected, remedy = "hadamard where tokens are evicted", "Use rotation: hadamard."
         raise ValueError(explain("codec.rotation", "value", expected, "given", remedy))
     least = codec.sinks + codec.recent + 2 * codec.block_size

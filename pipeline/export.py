@@ -7,11 +7,12 @@ where the parameters come from, and the parameters, so that equal names mean equ
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from kvsmith.bundle import BaseModel, Bundle, Calibration, base_model, expected_tensors
 from kvsmith.bundle.card import sizes
@@ -20,7 +21,9 @@ from kvsmith.eviction.policy import KeepAll
 from kvsmith.hf import geometry
 from kvsmith.layout import check_geometry
 from kvsmith.pipeline.calibration import (
+    Record,
     amax_of,
+    bases_of,
     check_model,
     find_calibration,
     parameters_for,
@@ -39,7 +42,8 @@ from kvsmith.pipeline.less.options import EvictionChoice, LessTraining, context_
 from kvsmith.pipeline.less.result import cut, exported, find_trained, read_trained
 from kvsmith.pipeline.log import LoggerConfig, NoLogger, Run
 from kvsmith.pipeline.model import ModelConfig, load_config, load_model
-from kvsmith.pipeline.stage import file_hash, locked, read_json
+from kvsmith.pipeline.quality import read_quality
+from kvsmith.pipeline.stage import file_hash, locked
 from kvsmith.spec import CacheSpec, CodecSpec
 from kvsmith.strict import to_dict
 from kvsmith.version import __version__
@@ -62,7 +66,8 @@ class ExportConfig:
         sensitivity: weights of the codebook fit.
         calibration: folder of a finished calibration; None is the newest one of the model.
         quantizers: `quantizers.pickle` of KVQuant's own program, in place of a calibration.
-        rotations: files of rotations of keys and of values, for a codec with `rotation: given`.
+        rotations: files of rotations of keys and of values, for a codec with `rotation: given`;
+            None takes them from the queries and outputs of the calibration's text.
         calibrations: where calibrations are looked for.
         quality: JSON file with measured numbers; None writes none.
         format: a bundle, or a checkpoint with 8-bit cache scales (`compressed-tensors`), which
@@ -139,17 +144,8 @@ def write_checkpoint(cfg: ExportConfig, folder: Path, log: Run) -> Path:
     check_model(record, cfg.model, model, calibration)
     log.say(f"calibration: {shown(calibration)}")
 
-    def tokens() -> tuple[PreTrainedModel, Tensor]:
-        s = record.source
-        blocks = token_blocks(tokenizer, cfg.data, "calibration", s.samples, s.length, seed=s.seed)
-        if tokens_hash(blocks) != s.tokens_hash:
-            remedy = "Set data= as it was for calibrate.py, or calibrate again."
-            got = f"other tokens in data={data_name(cfg.data)}"
-            raise ValueError(explain("data", "text", f"that of {calibration}", got, remedy))
-        return model, blocks
-
     with locked(calibration):
-        amax = amax_of(calibration, record, tokens, log)
+        amax = amax_of(calibration, record, partial(text_of, cfg, record, model, tokenizer), log)
     scales = scales_of(model, record.source.base_model.geometry, amax)
     smoke = cfg.checkpoints is None and cfg.debug.smoke
     root = folder if smoke else output_path(cfg.checkpoints or "artifacts/checkpoints")
@@ -159,6 +155,23 @@ def write_checkpoint(cfg: ExportConfig, folder: Path, log: Run) -> Path:
     log.table("Scales of float8 (e4m3)", ("tensor", "scale"), rows, "scales")
     log.say(f"written: {shown(target)}")
     return target
+
+
+def text_of(
+    cfg: ExportConfig, record: Record, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> tuple[PreTrainedModel, Tensor]:
+    """The model, and the tokens of its calibration.
+
+    Raises:
+        ValueError: `data` gives other tokens.
+    """
+    s = record.source
+    blocks = token_blocks(tokenizer, cfg.data, "calibration", s.samples, s.length, seed=s.seed)
+    if tokens_hash(blocks) != s.tokens_hash:
+        remedy = "Set data= as it was for calibrate.py, or calibrate again."
+        got = f"other tokens in data={data_name(cfg.data)}"
+        raise ValueError(explain("data", "text", "that of the calibration", got, remedy))
+    return model, blocks
 
 
 def make_bundle(cfg: ExportConfig, log: Run) -> tuple[Bundle, str]:
@@ -184,6 +197,8 @@ def make_bundle(cfg: ExportConfig, log: Run) -> tuple[Bundle, str]:
         program = (
             f"kvsmith {__version__}, rotations {file_hash(keys)[:16]} {file_hash(values)[:16]}"
         )
+    elif cfg.codec.takes_rotations:
+        calibration, parameters = turned(cfg, base, log)
     elif expected_tensors(spec, base.geometry):
         calibration, parameters = calibrated(cfg, base, log)
     if cfg.less is not None:
@@ -253,6 +268,27 @@ def calibrated(
     return record.provenance(cfg.sensitivity), parameters
 
 
+def turned(cfg: ExportConfig, base: BaseModel, log: Run) -> tuple[Calibration, dict[str, Tensor]]:
+    """Provenance, and rotations from the queries and outputs of a calibration's text.
+
+    Raises:
+        FileNotFoundError, ValueError: no calibration, other text, or a codec that also has
+            codebooks.
+    """
+    model, tokenizer = load_model(cfg.model)
+    folder = calibration_folder(cfg, model)
+    record = read_record(folder)
+    check_model(record, cfg.model, model, folder)
+    log.say(f"calibration: {shown(folder)}")
+    with locked(folder):
+        found = bases_of(folder, record, partial(text_of, cfg, record, model, tokenizer), log)
+    wanted = expected_tensors(CacheSpec(cfg.codec), base.geometry)
+    if other := sorted(wanted.keys() - found.keys()):
+        expected, remedy = "of rotations alone", "Use table: nf, or uniform levels."
+        raise ValueError(explain("codec", "parameters", expected, other[0], remedy))
+    return record.provenance("none"), {name: found[name] for name in wanted}
+
+
 def calibration_folder(cfg: ExportConfig, model: PreTrainedModel | None) -> Path:
     """The calibration that `cfg` names, or the newest one of the model's weights."""
     if cfg.calibration is not None:
@@ -275,36 +311,6 @@ def identity(bundle: Bundle) -> str:
     return config_hash({name: to_dict(fact) for name, fact in facts.items()}, exclude=())
 
 
-def read_quality(path: Path, name: str) -> dict[str, float]:
-    """Measured numbers from a JSON file.
-
-    Args:
-        path: an object of numbers, or what evaluate.py wrote: then the bundle's own row is taken.
-        name: folder of the bundle.
-
-    Returns:
-        Dotted name -> number.
-
-    Raises:
-        FileNotFoundError, ValueError: no such file, no row of this bundle, or not numbers.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(explain("quality", "value", "an existing file", repr(str(path))))
-    data = read_json(path)
-    rows = data.get("rows") if isinstance(data, dict) else None
-    if isinstance(rows, list):
-        own = [row for row in rows if Path(row.get("source") or "").name == name]
-        if not own:
-            remedy = f"Run `python evaluate.py bundle=<folder of {name}>`."
-            raise ValueError(explain(str(path), "rows", f"one of {name}", "none", remedy))
-        described = ("name", "role", "source", "cache")
-        data = {key: value for key, value in own[0].items() if key not in described}
-    quality = _numbers(data)
-    if not quality:
-        raise ValueError(explain(str(path), "content", "numbers by name", "none"))
-    return quality
-
-
 def report(bundle: Bundle, path: Path, log: Run) -> None:
     """A short table: bits an element at three lengths, and the bundle's own size."""
     bits = sizes(bundle.manifest)
@@ -315,11 +321,3 @@ def report(bundle: Bundle, path: Path, log: Run) -> None:
     log.table(title, columns, [row], "bits")
     log.scalars(0, {f"bits_per_element/{label}": b for label, b in bits.items()} | {"bytes": size})
     log.artifact(path, "bundle", {"codec": row[0], "base_model": bundle.manifest.base_model.id})
-
-
-def _numbers(data: Any, prefix: str = "") -> dict[str, float]:
-    """Every number of nested mappings, by its dotted name."""
-    if isinstance(data, dict):
-        parts = [_numbers(v, f"{prefix}.{k}" if prefix else str(k)) for k, v in data.items()]
-        return {name: value for part in parts for name, value in part.items()}
-    return {prefix: float(data)} if type(data) in (int, float) and prefix else {}

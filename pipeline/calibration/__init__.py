@@ -8,6 +8,7 @@ statistics reach, also long after the model has gone; `amax.py` looks at rotated
 """
 
 from kvsmith.pipeline.calibration.amax import amax_of, collect_amax
+from kvsmith.pipeline.calibration.bases import bases_of
 from kvsmith.pipeline.calibration.parameters import fit_stages, owns_parameters, parameters_for
 from kvsmith.pipeline.calibration.record import (
     RECORD,
@@ -26,6 +27,7 @@ __all__ = [
     "Record",
     "Source",
     "amax_of",
+    "bases_of",
     "check_model",
     "collect_amax",
     "describe_model",

@@ -31,8 +31,10 @@ FIT_VERSION = 1  # raised when the same statistics give other parameters
 
 
 def owns_parameters(codec: CodecSpec, record: Record) -> bool:
-    """Whether a codec has anything to fit in this model."""
-    return bool(expected_tensors(CacheSpec(codec), record.source.base_model.geometry))
+    """Whether a codec has anything to fit in this model; rotations are not fitted here."""
+    return not codec.takes_rotations and bool(
+        expected_tensors(CacheSpec(codec), record.source.base_model.geometry)
+    )
 
 
 def fit_stages(
@@ -109,6 +111,10 @@ def parameters_for(
         ValueError: the statistics do not reach the codec, or a file is damaged.
     """
     record = read_record(folder)
+    if codec.takes_rotations:
+        expected, name = "one of codebooks and ranges", codec_name(codec)
+        remedy = f"Run `python export.py codec={name}`: its bundle holds the rotations."
+        raise ValueError(explain(f"codec ({name})", "parameters", expected, "rotations", remedy))
     if not owns_parameters(codec, record):
         return {}
     name = codec_name(codec)
