@@ -29,7 +29,7 @@ from kvsmith.pipeline.evaluation.find import (
     shown,
 )
 from kvsmith.pipeline.evaluation.material import read_material
-from kvsmith.pipeline.evaluation.measure import Measurement, Measuring, versions
+from kvsmith.pipeline.evaluation.measure import Measurement, Measuring
 from kvsmith.pipeline.evaluation.options import (
     GreedyOptions,
     Options,
@@ -187,7 +187,6 @@ def report(
     facts = {
         "title": title,
         **provenance(),
-        "versions": versions(),
         "seed": cfg.measure.seed,
         "protocol": lines,
         "config": to_dict(cfg),

@@ -99,7 +99,7 @@ def spend(
         read: gives [n, length] tokens of a split.
         sensitivity: weights of the codebook fit.
         root: folder of the model's bundles.
-        folder: of this run; budget.json and budget.png go there.
+        folder: of this run; budget.json, report.html and PNGs go there.
         log, stop: of the run.
 
     Returns:
@@ -112,18 +112,17 @@ def spend(
     heldout = read("heldout", o.check, length) if o.check else None
     problem = pose(o, asked.choices, calibration, windows, heldout, model, sensitivity, log, stop)
     rivals, path = problem.uniforms(), None
-    if asked.curve:
-        front = problem.curve()
+    front, chosen = problem.curve() if asked.curve else [], []
+    if front:
         tell(problem, front, rivals, log)
-        write(problem, front, rivals, folder)
         plot_budget(problem, front, rivals, folder / "curve.png")
     if asked.budget is not None:
         found = solve(problem.loss, problem.price, asked.budget, asked.where)
-        point = problem.point("fit", found)
-        tell(problem, [point], rivals, log)
-        write(problem, [point], rivals, folder)
-        plot_budget(problem, [point], rivals, folder / "budget.png")
-        path = save(problem, point, root, sensitivity)
+        chosen = [problem.point("fit", found)]
+        tell(problem, chosen, rivals, log)
+        plot_budget(problem, chosen, rivals, folder / "budget.png")
+        path = save(problem, chosen[0], root, sensitivity)
         log.say(f"bundle: {shown(path)}")
+    write(problem, chosen, front, rivals, folder)
     log.say(f"written: {shown(folder)}")
     return path

@@ -63,7 +63,13 @@ def plain(point: Point) -> dict[str, Any]:
     }
 
 
-def write(problem: Problem, chosen: Sequence[Point], rivals: Sequence[Point], folder: Path) -> None:
+def write(
+    problem: Problem,
+    chosen: Sequence[Point],
+    front: Sequence[Point],
+    rivals: Sequence[Point],
+    folder: Path,
+) -> None:
     """Leave budget.json, with sensitivities, prices and every choice, and report.html."""
     data = {
         **provenance(),
@@ -78,6 +84,7 @@ def write(problem: Problem, chosen: Sequence[Point], rivals: Sequence[Point], fo
         "fixed_bytes": problem.price.fixed,
         "seed": problem.record.source.seed,
         "chosen": [plain(p) for p in chosen],
+        "curve": [plain(p) for p in front],
         "uniform": [plain(p) for p in rivals],
     }
     write_json(folder / "budget.json", data)

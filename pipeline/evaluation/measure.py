@@ -38,7 +38,7 @@ from kvsmith.strict import from_dict, to_dict
 
 LONG = 32 * 1024
 PARTS = 6  # measurements beside the batches of windows
-VERSION = 2  # raised when the same candidate gives other figures
+VERSION = 3  # raised when the same candidate gives other figures
 
 
 @dataclass(frozen=True)

@@ -24,14 +24,14 @@ class Planted:
         blank: [B, T] int64, the same text where other keys stand.
         key: [B, K] int64, the key that is asked for.
         cue: tokens of the key that are given.
-        depths: number of depths.
+        depths: share of the text before the key, of each row of a text.
     """
 
     context: Tensor
     blank: Tensor
     key: Tensor
     cue: int
-    depths: int
+    depths: tuple[float, ...]
 
     def to(self, device: torch.device) -> Planted:
         """The same on `device`."""
@@ -87,7 +87,7 @@ def plant(texts: Tensor, depths: tuple[float, ...], keys: Keys, together: bool =
         for depth, key, other in zip(depths, mine, others, strict=True):
             rows.append((_insert(text, (depth,), [key]), _insert(text, (depth,), [other]), key))
     context, blank, asked = (torch.stack(part) for part in zip(*rows, strict=True))
-    return Planted(context, blank, asked, keys.cue, len(depths))
+    return Planted(context, blank, asked, keys.cue, depths)
 
 
 def _insert(text: Tensor, depths: Sequence[float], keys: Sequence[Tensor]) -> Tensor:

@@ -36,6 +36,7 @@ class Recall:
         correct: share of tokens that are the most likely one.
         exact: share of keys with every token correct.
         lengths: tokens of the texts.
+        depths: shares of a text before the key.
         grid: gain by length (in the order of `lengths`) and depth.
         exact_grid: share of exact keys by length and depth.
     """
@@ -48,6 +49,7 @@ class Recall:
     correct: float
     exact: float
     lengths: tuple[int, ...]
+    depths: tuple[float, ...]
     grid: tuple[tuple[float, ...], ...]
     exact_grid: tuple[tuple[float, ...], ...]
 
@@ -86,6 +88,7 @@ def recall(
         correct=float(right.double().mean()),
         exact=float(right.all(1).double().mean()),
         lengths=tuple(rows.context.shape[1] for rows in texts),
+        depths=texts[0].depths,
         grid=tuple(grid),
         exact_grid=tuple(exact),
     )
@@ -93,7 +96,7 @@ def recall(
 
 def _by_depth(values: Tensor, rows: Planted) -> tuple[float, ...]:
     """Means of [B] over the texts, one a depth."""
-    return tuple(values.view(-1, rows.depths).mean(0).tolist())
+    return tuple(values.view(-1, len(rows.depths)).mean(0).tolist())
 
 
 def _score_all(

@@ -99,17 +99,18 @@ def budget_section(data: Mapping[str, Any], facts: Sequence[str] = ()) -> str:
         data: what calibrate.py leaves as budget.json.
         facts: command, commit, hardware and versions.
     """
-    chosen = data["chosen"][len(data["chosen"]) // 2]
+    ours = data["curve"] or data["chosen"]
+    chosen = (data["chosen"] or ours)[len(data["chosen"] or ours) // 2]
     title = f"{data['model']}: bits where they count"
-    measured = all(p["kld_heldout"] for p in (*data["chosen"], *data["uniform"]))
+    measured = all(p["kld_heldout"] for p in (chosen, *ours, *data["uniform"]))
     label = f"KLD, nats a token, {'held out' if measured else 'predicted'}"
     series = [
         Series(p["name"], ((p["bits"], y),), "others", line=False)
         for p in data["uniform"]
         if (y := _loss(p, measured)) > 0
     ]
-    ours = [(p["bits"], y) for p in data["chosen"] if (y := _loss(p, measured)) > 0]
-    series.append(Series("chosen by layer and side", tuple(ours), "ours", line=len(ours) > 1))
+    points = [(p["bits"], y) for p in ours if (y := _loss(p, measured)) > 0]
+    series.append(Series("chosen by layer and side", tuple(points), "ours", line=len(points) > 1))
     parts = [
         f"<h1>{escape(title)}</h1>",
         f"<h2>Loss of one side alone, nats a token; outlined: chosen at {chosen['bits']:.2f} "
@@ -170,9 +171,10 @@ def _needles(rows: Sequence[Row]) -> str:
     """Gains by length and depth, darker where more was kept of what the best candidate keeps."""
     best = max((g for r in rows for line in r.found.recall.grid for g in line), default=0.0)
     first = rows[0].found.recall
-    depths = len(first.grid[0]) if first.grid else 0
-    head = "".join(f'<th colspan="{depths}">{n:,} tokens</th>' for n in first.lengths)
-    body = ""
+    wide = len(first.depths)
+    head = "".join(f'<th colspan="{wide}">{n:,} tokens</th>' for n in first.lengths)
+    shares = "".join(f"<th>{100 * d:.0f} %</th>" for d in first.depths) * len(first.lengths)
+    body = f"<tr><th>depth</th>{shares}</tr>"
     for row in rows:
         cells = "".join(
             f'<td style="{_shade(g / best if best > 0 else 0.0, "--ours")}">{g:.2f}</td>'

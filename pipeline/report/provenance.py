@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from kvsmith.pipeline.config import repository_root
+from kvsmith.pipeline.evaluation.measure import versions
 
 
 def provenance() -> dict[str, object]:
@@ -22,11 +23,12 @@ def provenance() -> dict[str, object]:
         "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
         "commit": commit(),
         "hardware": hardware(),
+        "versions": versions(),
     }
 
 
 def told(facts: Mapping[str, Any]) -> list[str]:
-    """What `provenance` gave, seed and versions among it, a sentence each; what is absent is left
+    """What `provenance` gave, and the seed, a sentence each; what is absent is left
     out.
     """
     names = ("command", "commit", "hardware", "seed")

@@ -22,7 +22,17 @@ from kvsmith.pipeline.report.table import Row
 VOID = {"meta", "img", "line", "link"}
 SHAPE = ModelGeometry((LayerGeometry(2, 4, 64, 64),) * 2)
 RECALL = Recall(
-    4, 8, 1.0, 2.0, 0.1, 0.5, 0.25, (64, 128), ((1.5, 2.5), (0.5, 3.5)), ((0.0, 1.0),) * 2
+    4,
+    8,
+    1.0,
+    2.0,
+    0.1,
+    0.5,
+    0.25,
+    (64, 128),
+    (0.2, 0.8),
+    ((1.5, 2.5), (0.5, 3.5)),
+    ((0.0, 1.0),) * 2,
 )
 FOUND = Measurement(
     Footprint(1024, 10**6, 4.5, 100.0, 3, 16),
@@ -83,6 +93,7 @@ def test_a_page_is_whole_and_fetches_nothing(tmp_path: Path) -> None:
         "commit abc",
         "KL divergence",
         "4.50",
+        "80 %",
         "1.50",
         "3.50",
         "one h200",
@@ -109,6 +120,7 @@ def test_a_budget_is_drawn_with_what_was_chosen() -> None:
         "sides": ["k", "v"],
         "loss": [[[0.1, 0.001], [0.2, 0.0]], [[0.3, 0.01], [0.4, 0.02]]],
         "chosen": [{"name": "fit", "picks": [[1, 0], [0, 1]], **point}],
+        "curve": [],
         "uniform": [{"name": "2b", "picks": [], **point, "bits": 2.0}],
     }
     made = page("b", [budget_section(data, ["commit abc"])])
@@ -120,6 +132,10 @@ def test_a_budget_is_drawn_with_what_was_chosen() -> None:
     # Of four choices the outlined ones are those of the picks.
     outlined = re.findall(r'class="chosen"[^>]*>([^<]+)<', made)
     assert outlined == ["1.0e-03", "2.0e-01", "3.0e-01", "2.0e-02"]
+    picks = [[[i, i], [i, i]] for i in (0, 1)]
+    curve = [{"name": "fit", "picks": p, **point, "bits": 2.0 + i} for i, p in enumerate(picks)]
+    made = page("b", [budget_section({**data, "chosen": [], "curve": curve})])
+    assert "<polyline" in made and "chosen at 3.00 bits" in made
 
 
 def test_axes_have_round_ticks() -> None:

@@ -89,7 +89,7 @@ def test_recall_of_a_perfect_copier_and_of_noise(model: Any, ids: Tensor) -> Non
     perfect = recall(Copier(), list, [short, rows], batch=4)
     assert (perfect.keys, perfect.tokens, perfect.correct, perfect.exact) == (18, 8, 1, 1)
     assert perfect.nll < 1e-5 and perfect.lengths == (50, 100)
-    assert perfect.exact_grid == ((1, 1, 1), (1, 1, 1))
+    assert perfect.depths == (0.0, 0.5, 1.0) and perfect.exact_grid == ((1, 1, 1), (1, 1, 1))
     # Where another key is planted the copier knows nothing: log 97 nats a token.
     assert perfect.gain == pytest.approx(math.log(97), abs=0.2)
     assert sum(map(sum, perfect.grid)) / 6 == pytest.approx(perfect.gain)

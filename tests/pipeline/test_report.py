@@ -41,7 +41,7 @@ def row(
         fidelity,
         Agreement(4, 256, 0.5, 0.1, 99, 7.0, 1),
         Drift(4, 256, delta / 4, 0.001, 0.9, (128, 256), (delta / 5, delta / 3)),
-        recall := Recall(20, 16, 1, 1.5, 0.2, 0.9, 0.5, (256,), ((1, 2),), ((0, 1),)),
+        recall := Recall(20, 16, 1, 1.5, 0.2, 0.9, 0.5, (256,), (0.2, 0.8), ((1, 2),), ((0, 1),)),
         recall,
         Answers(4, 0.5, 0.25, (True, False, True, False)),
         bits - 1,
