@@ -1,8 +1,8 @@
 """A decoding step of one layer as a single operation, where the kernel knows all about the layer.
 
-`attention.attend_store` asks here first. What `attend_encoded` does not serve - an evicting or
-low-rank cache, a rotation, a mask of the model's own, RoPE of another form or at positions with
-gaps - goes its general way, in chunks.
+`attention.attend_store` asks here first. What `attend_encoded` does not serve - a low-rank cache, a
+mask of the model's own, RoPE of another form or at positions with gaps - goes its general way, in
+chunks.
 """
 
 from __future__ import annotations

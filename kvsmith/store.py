@@ -97,14 +97,12 @@ class LayerStore:
 
     @property
     def is_plain(self) -> bool:
-        """Whether pages hold no more than codes, ranges and corrections, in the queries' basis."""
-        return all(
-            not c.is_identity and c.factors is None and c.rotation is None for c in self.codecs
-        )
+        """Whether pages hold no more than codes, ranges and corrections."""
+        return all(not c.is_identity and c.factors is None for c in self.codecs)
 
     def body(self) -> Body:
         """The encoded tokens as a kernel reads them; for a store that `is_plain`."""
-        k, v = (Side(c.format, c.tables, c.dim) for c in self.codecs)
+        k, v = (Side(c.format, c.tables, c.dim, c.rotation) for c in self.codecs)
         page, begin = self.page_size, self.freed * self.page_size
         table, heads = self._table.of(self.pages), self.geometry.kv_heads
         return Body(self.pages, table, heads, page, begin, self.encoded, k, v)

@@ -42,11 +42,14 @@ class Side:
         format: the layout.
         tables: codebook and calibrated ranges.
         dim: channels of a head D.
+        turn: [H or 1, D, D] float32, orthogonal; tokens were multiplied by it before they were
+            encoded, those of the windows were not; None for none.
     """
 
     format: Format
     tables: Tables
     dim: int
+    turn: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -149,7 +152,8 @@ def attend_encoded(
         first: [B] int64, left padding; None for none.
         counts: [5] int64 on the device: body.stop, body.begin, query, recent.start, recent.count,
             which the kernel then reads in their place, so that a CUDA graph can be replayed as
-            these grow within the pages of the table; None for the numbers given.
+            these grow within the pages of the table; None for the numbers given. Where a side has
+            a `turn` the windows are read by the numbers given all the same.
         impl: who computes it; None for `choice.preferred` where the kernel supports the layer.
 
     Returns:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from kvsmith.kernels.attend_encoded.api import Body, Logits, Rope, Side, Window, tile_tokens
+from kvsmith.kernels.attend_encoded.reference import attend_windows
 from kvsmith.kernels.partial import Partial
 
 # Corrections of a block that are read at once; the mean is 20 at 1 % and blocks of 16 x 128.
@@ -27,6 +28,38 @@ def attend_encoded(
     counts: torch.Tensor | None,
 ) -> Partial:
     """See `api.attend_encoded`."""
+    turned = body.k.turn is not None or body.v.turn is not None
+    if not turned:
+        return _launch(q, body, sinks, recent, query, logits, rope, first, counts, True)
+    # The dense windows are in another basis than the body: few tokens, attended apart.
+    windows = attend_windows(q, sinks, recent, query, logits, rope, first)
+    if body.k.turn is not None:
+        q = _turned(q, body.k.turn)
+    part = _launch(q, body, sinks, recent, query, logits, rope, first, counts, False)
+    if body.v.turn is not None:
+        part = Partial(_turned(part.out, body.v.turn.mT), part.lse)
+    return part.merge(windows)
+
+
+def _turned(x: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
+    """[B, Hq, T, D] times the matrix of each KV head, [H or 1, D, D]."""
+    grouped = x.float().unflatten(1, (len(turn), -1))
+    return (grouped @ turn[:, None]).flatten(1, 2).to(x.dtype)
+
+
+def _launch(
+    q: torch.Tensor,
+    body: Body,
+    sinks: Window,
+    recent: Window,
+    query: int,
+    logits: Logits,
+    rope: Rope | None,
+    first: torch.Tensor | None,
+    counts: torch.Tensor | None,
+    windows: bool,
+) -> Partial:
+    """Both kernels; without `windows` over the encoded tokens alone."""
     from kvsmith.kernels.attend.triton import merge_kernel
     from kvsmith.kernels.attend_encoded import triton as kernels
 
@@ -47,7 +80,9 @@ def attend_encoded(
     turns = rope.turns if rope is not None else none.double()
     tensors = (*_tables(body.k), *_tables(body.v))
     at = _positions(sinks, recent, none)
-    kernels.attend_kernel[(B, H, splits + 1)](
+    if not windows:
+        parts[:, splits], logs[:, splits] = 0, float("-inf")
+    kernels.attend_kernel[(B, H, splits + windows)](
         q.contiguous(),
         parts,
         logs,

@@ -30,12 +30,31 @@ def attend_encoded(
     B, device, S = q.shape[0], q.device, sinks.k.shape[2]
     start = torch.zeros(B, dtype=torch.int64, device=device) if first is None else first
     columns = S + torch.arange(body.begin, body.stop, device=device).expand(B, -1)
-    own = start[:, None] + torch.arange(S, device=device)
-    new = torch.arange(recent.start, recent.start + recent.count, device=device).expand(B, -1)
     k, v = decode_body(body, q)
     angles = None if rope is None else columns + rope.shift[:, None]
+    held = columns >= start[:, None] + S
+    windows = attend_windows(q, sinks, recent, query, logits, rope, first)
+    if k.shape[2] == 0:
+        return windows
+    encoded = _part(q, _rotate(k, angles, rope), v, columns, held, query, logits)
+    return encoded.merge(windows)
+
+
+def attend_windows(
+    q: torch.Tensor,
+    sinks: Window,
+    recent: Window,
+    query: int,
+    logits: Logits,
+    rope: Rope | None,
+    first: torch.Tensor | None,
+) -> Partial:
+    """Attend to the dense windows alone; arguments as of `api.attend_encoded`."""
+    B, device, S = q.shape[0], q.device, sinks.k.shape[2]
+    start = torch.zeros(B, dtype=torch.int64, device=device) if first is None else first
+    own = start[:, None] + torch.arange(S, device=device)
+    new = torch.arange(recent.start, recent.start + recent.count, device=device).expand(B, -1)
     parts = [
-        (_rotate(k, angles, rope), v, columns, columns >= start[:, None] + S),
         (_rotate(sinks.k, sinks.positions, rope), sinks.v, own, own >= 0),
         (
             _rotate(recent.k[:, :, : recent.count], _head(recent), rope),
@@ -49,12 +68,13 @@ def attend_encoded(
 
 
 def decode_body(body: Body, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Readable body tokens, [B, H, C, D] float32 keys as stored and values."""
+    """Readable body tokens, [B, H, C, D] float32 keys and values, turned back."""
     dense = []
     for i, side in enumerate((body.k, body.v)):
         pages = [decode(page.sides[i], side.format, side.tables, side.dim) for page in body.pages]
         empty = like.new_zeros((like.shape[0], body.heads, 0, side.dim), dtype=torch.float32)
-        dense.append(torch.cat([empty, *pages], dim=2)[:, :, : body.stop - body.begin])
+        x = torch.cat([empty, *pages], dim=2)[:, :, : body.stop - body.begin]
+        dense.append(x if side.turn is None else x @ side.turn.mT)
     return dense[0], dense[1]
 
 

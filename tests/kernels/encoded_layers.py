@@ -72,6 +72,7 @@ def make_layer(
     queries: int = 1,
     freed: int = 0,
     offset: int = 0,
+    turned: tuple[bool, bool] = (False, False),
 ) -> Layer:
     """A layer that holds `length` tokens, the queries' own included."""
     v_dim = v_dim or dim
@@ -82,16 +83,18 @@ def make_layer(
     k[:, :, :, 3] *= 8
     encoded = max(0, length - sinks - recent) // block * block
     sides, codecs = [], []
-    for name, part, x in (("k", spec.k, k), ("v", spec.v, v)):
-        own = _parameters(part, x)
-        c = Codec(part, heads, x.shape[3], torch.float16, own, name, block)
+    bases = []
+    for name, part, x, turn in (("k", spec.k, k, turned[0]), ("v", spec.v, v, turned[1])):
+        basis = torch.linalg.qr(torch.randn(heads, x.shape[3], x.shape[3])).Q if turn else None
+        bases.append(x if basis is None else (x.float() @ basis).to(dtype))
+        c = Codec(part, heads, x.shape[3], torch.float16, _parameters(part, x), name, block)
         codecs.append(c)
-        sides.append(Side(c.format, c.tables, x.shape[3]))
+        sides.append(Side(c.format, c.tables, x.shape[3], basis))
     layout = page_layout(spec, LayerGeometry(heads, heads, dim, v_dim), page, dtype)
     pages = []
     for at in range(0, encoded, page):
         one, end = new_page(layout, k), min(encoded, at + page)
-        for c, tensors, x in zip(codecs, one.sides, (k, v), strict=True):
+        for c, tensors, x in zip(codecs, one.sides, bases, strict=True):
             write(tensors, c, 0, x[:, :, sinks + at : sinks + end])
         pages.append(one)
     begin = min(freed, len(pages)) * page

@@ -56,6 +56,8 @@ CASES = [
     ("grouped", 4, 257, 2, {"block": 32}),
     ("grouped", 2, 257, 1, {"block": 32, "dim": 128, "heads": 1}),
     ("channels", 8, 257, 2, {"padding": [5, 0]}),
+    ("uniform", 4, 257, 2, {"rope": False, "turned": (True, True), "padding": [0, 30]}),
+    ("nuq", 4, 100, 2, {"turned": (False, True)}),
 ]
 
 

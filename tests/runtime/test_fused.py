@@ -12,6 +12,7 @@ from kvsmith.spec import NUQ, CacheSpec, CodecSpec, LowRank, TensorCodec, TopK, 
 from tests.runtime.models import build, run
 
 NF = TensorCodec(NUQ(bits=4, table="nf"), TopK(0.05))
+HADAMARD = TensorCodec(Uniform(bits=4), rotation="hadamard")
 KIVI = CodecSpec(
     TensorCodec(Uniform(bits=2, axis="channel", group_size=32)),
     TensorCodec(Uniform(bits=2, group_size=16)),
@@ -23,6 +24,7 @@ CODECS = {
     "pre": CodecSpec(NF, NF, recent=16),
     "post": CodecSpec(NF, NF, recent=16, key_domain="post"),
     "kivi": KIVI,
+    "had": CodecSpec(HADAMARD, HADAMARD, recent=16, key_domain="post"),
 }
 # The first token after the prompt completes a block.
 STEPS = (83, 1, 2, 1)
@@ -57,6 +59,7 @@ def logits(model, spec, ids, mask, monkeypatch, kernels):
         ("llama", "pre", True),
         ("llama", "post", True),
         ("llama", "kivi", False),
+        ("llama", "had", False),
         ("mistral", "pre", True),
         ("qwen3", "pre", False),
     ],
