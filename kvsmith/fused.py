@@ -64,11 +64,11 @@ def attend_step(
     at: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
     if rotate.source is not None:
         stop, padding = store.body_end, store.padding
-        rope = regular_rope(positions, rotate.source, stop, padding, q.shape[-1], q.shape[0])
+        rope = regular_rope(positions, rotate.source, stop, padding, q)
         if rope is None:
             return None
         room = store.recent[0].shape[2]
-        at = window_ids(positions, store.spec.sinks, padding, stop, room)
+        at = window_ids(positions, store.spec.sinks, padding, stop, room, q.device)
     numbers = (body.stop, body.begin, query, store.body_end, tail)
     return attend_encoded(
         q,

@@ -52,7 +52,7 @@ class KeyRotation:
         if self.source is None or self.rotate is None:
             return k
         stop = 0 if start is None else start + k.shape[2]
-        cos, sin = self.positions.cos_sin(self.source, self.dtype, start, stop, columns)
+        cos, sin = self.positions.cos_sin(self.source, self.dtype, start, stop, columns, k.device)
         return self.rotate(k, cos, sin).to(k.dtype)
 
     def tiles(self, k: torch.Tensor, start: int, order: torch.Tensor) -> torch.Tensor:
@@ -60,12 +60,12 @@ class KeyRotation:
         if self.source is None:
             return k
         # Every channel of the lower half is followed by its partner.
-        angles = self._angles(start, k.shape[2]).index_select(-1, order[::2])
+        angles = self._angles(start, k.shape[2], k.device).index_select(-1, order[::2])
         pairs = torch.view_as_complex(k.unflatten(-1, (-1, 2)))
         pairs *= angles[:, None]
         return k
 
-    def _angles(self, start: int, count: int) -> torch.Tensor:
+    def _angles(self, start: int, count: int, device: torch.device) -> torch.Tensor:
         """cos + i sin [rows, count, D/2] complex64 of the columns from `start` on.
 
         Position p + t turns by the angle of p, then by that of t: where positions count up by one,
@@ -75,11 +75,15 @@ class KeyRotation:
         assert source is not None
         ids = positions.window(start, start + count)
         if positions.epochs or not bool((ids.diff(dim=1) == 1).all()):
-            return _complex(positions.cos_sin(source, self.dtype, start, start + count, None))
+            stop = start + count
+            return _complex(positions.cos_sin(source, self.dtype, start, stop, None, device))
         first = positions.shared(
-            ("first", source, start), lambda: _complex(source(ids[:, :1], torch.float32))
+            ("first", source, start, device),
+            lambda: _complex(source(ids[:, :1], torch.float32)).to(device),
         )
-        steps = positions.shared(("steps", source, count), lambda: _steps(source, ids[:1]))
+        steps = positions.shared(
+            ("steps", source, count, device), lambda: _steps(source, ids[:1]).to(device)
+        )
         return first * steps
 
 

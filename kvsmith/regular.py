@@ -20,8 +20,7 @@ def regular_rope(
     source: RotarySource | TableSource,
     stop: int,
     padding: torch.Tensor | None,
-    dim: int,
-    rows: int,
+    q: torch.Tensor,
 ) -> Rope | None:
     """RoPE of the columns before `stop`, as the kernel takes it.
 
@@ -30,25 +29,30 @@ def regular_rope(
         source: makes cos and sin.
         stop: columns that matter, at least 1.
         padding: [B] int64, left padding, whose ids do not matter; None for none.
-        dim: channels of a head, of which d and d + D/2 turn together.
-        rows: B.
+        q: [B, Hq, T, D] the queries, of whose channels d and d + D/2 turn together.
 
     Returns:
         None where ids have gaps, or the frequencies change or cannot be told.
     """
     if positions.epochs or isinstance(source, TableSource):
         return None
-    shift = _shift(positions, stop, padding)
-    if source not in positions.turns:
-        positions.turns[source] = _turns(source, dim, positions.pages[0].device)
-    found = positions.turns[source]
+    shift, (rows, _, _, dim) = _shift(positions, stop, padding), q.shape
+    if (source, q.device) not in positions.turns:
+        positions.turns[source, q.device] = _turns(source, dim, positions.pages[0].device, q.device)
+    found = positions.turns[source, q.device]
     if shift is None or found is None:
         return None
-    return Rope(found[0], found[1], shift.expand(rows).contiguous())
+    own = positions.shared(("shift", stop, q.device), lambda: shift.to(q.device))
+    return Rope(found[0], found[1], own.expand(rows).contiguous())
 
 
 def window_ids(
-    positions: Positions, sinks: int, padding: torch.Tensor | None, start: int, room: int
+    positions: Positions,
+    sinks: int,
+    padding: torch.Tensor | None,
+    start: int,
+    room: int,
+    device: torch.device,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Position ids of the dense windows, made once a forward pass.
 
@@ -58,6 +62,7 @@ def window_ids(
         padding: see `regular_rope`.
         start: first column of the recent window.
         room: columns that it has room for.
+        device: where the ids are wanted.
 
     Returns:
         [B or 1, sinks] and [B or 1, room] int64; zeros at columns that are not there yet.
@@ -65,16 +70,18 @@ def window_ids(
 
     def of_sinks() -> torch.Tensor:
         if padding is None:
-            return _padded(positions.window(0, max(1, min(sinks, positions.length))), sinks)
+            few = positions.window(0, max(1, min(sinks, positions.length)))
+            return _padded(few, sinks).to(device)
         columns = sink_columns(padding.to(positions.pages[0].device), sinks)
         every = positions.window(0, positions.length).expand(len(columns), -1)
-        return every.gather(1, columns.clamp(max=positions.length - 1))
+        return every.gather(1, columns.clamp(max=positions.length - 1)).to(device)
 
     def of_recent() -> torch.Tensor:
         ids = _padded(positions.window(start, min(start + room, positions.length)), room)
+        ids = ids.to(device)
         return ids if padding is None else ids.expand(len(padding), -1).contiguous()
 
-    key = ("sinks", sinks), ("recent", start, room)
+    key = ("sinks", sinks, device), ("recent", start, room, device)
     return positions.shared(key[0], of_sinks), positions.shared(key[1], of_recent)
 
 
@@ -112,9 +119,9 @@ def _look(
 
 
 def _turns(
-    source: RotarySource | TableSource, dim: int, device: torch.device
+    source: RotarySource | TableSource, dim: int, device: torch.device, wanted_on: torch.device
 ) -> tuple[torch.Tensor, float] | None:
-    """[D / 2] float64 revolutions a position, and the factor on rotated keys.
+    """[D / 2] float64 revolutions a position, on `wanted_on`, and the factor on rotated keys.
 
     Read from the module, whose frequencies are exact, and checked against what it makes of
     positions 0 and 1.
@@ -129,5 +136,5 @@ def _turns(
         angle = buffer.double().flatten().to(device)
         wanted = scale * torch.stack([angle.cos(), angle.sin()])
         if torch.allclose(torch.stack([cos[1], sin[1]]), wanted, rtol=0, atol=1e-6 * abs(scale)):
-            return angle / (2 * math.pi), scale
+            return (angle / (2 * math.pi)).to(wanted_on), scale
     return None

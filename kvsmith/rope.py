@@ -158,6 +158,9 @@ class TableSource:
 class Positions:
     """Position ids of the cached columns, in pages.
 
+    They lie where the model is told them, on one device; what is made of them is wanted where a
+    layer is.
+
     Attributes:
         page_size: tokens of a page.
         length: columns held.
@@ -165,7 +168,8 @@ class Positions:
         epochs: (first column, frequencies from there on), for models that change them.
         regular: (columns looked at, position id minus column [rows] where that is one number a
             row); see `kvsmith.regular`.
-        turns: by source, revolutions a position and scale; None where they cannot be told.
+        turns: by source and device, revolutions a position and scale; None where they cannot be
+            told.
     """
 
     page_size: int
@@ -238,19 +242,20 @@ class Positions:
         start: int | None,
         stop: int,
         columns: torch.Tensor | None,
+        device: torch.device,
     ) -> CosSin:
-        """cos and sin of columns start..stop-1, or of `columns` [B, C]."""
+        """cos and sin of columns start..stop-1, or of `columns` [B, C], on `device`."""
         if start is None:
             assert columns is not None
             ids = self.window(0, self.length)
-            index = columns.clamp(max=self.length - 1)
-            return self._chosen(
-                source, ids.expand(index.shape[0], -1).gather(1, index), dtype, index
-            )
-        key = (source, dtype, start, stop)
+            index = columns.clamp(max=self.length - 1).to(ids.device)
+            chosen = ids.expand(index.shape[0], -1).gather(1, index)
+            return _moved(self._chosen(source, chosen, dtype, index), device)
+        key = (source, dtype, start, stop, device)
         if key not in self._memo:
-            made = self._range(source, self.window(start, stop), dtype, start)
-            if sum(c.shape[1] for c, _ in self._memo.values()) + stop - start > _MEMO_TOKENS:
+            made = _moved(self._range(source, self.window(start, stop), dtype, start), device)
+            held = sum(c.shape[1] for c, _ in self._memo.values() if c.device == device)
+            if held + stop - start > _MEMO_TOKENS:
                 return made
             self._memo[key] = made
         return self._memo[key]
@@ -297,3 +302,7 @@ class Positions:
         """Drop what the layers of one forward pass shared."""
         self._memo.clear()
         self._shared.clear()
+
+
+def _moved(rope: CosSin, device: torch.device) -> CosSin:
+    return rope[0].to(device), rope[1].to(device)

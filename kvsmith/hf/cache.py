@@ -20,6 +20,7 @@ from kvsmith.geometry import ModelGeometry
 from kvsmith.hf import dense
 from kvsmith.hf.answer import answering, can_answer, mask_of
 from kvsmith.hf.geometry import geometry
+from kvsmith.hf.place import check_devices
 from kvsmith.hf.seam import ATTACHED, HANDLE, Seam, SeamCache, attach
 from kvsmith.key_rotation import KeyRotation
 from kvsmith.layout import check_geometry, evicting_layers
@@ -348,10 +349,11 @@ def make_cache(
         KVCache to pass as `past_key_values`.
 
     Raises:
-        ValueError: the model or its shape is not supported, or a parameter is missing.
+        ValueError: the model, its shape or its place is not supported, or a parameter is missing.
     """
     attach(model)
     shape = geometry(model.config)
+    check_devices(model, shape)
     if evicting_layers(spec, shape) and not ATTACHED[model].deferred:
         where = f"model ({model.config.model_type})"
         if not can_answer(model):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from copy import copy
 from functools import cached_property
 from typing import Any
 
@@ -21,8 +22,11 @@ class LazyMask:
     prompts.
 
     It carries the arguments transformers made it with; `resolve` makes the mask of another
-    implementation.
+    implementation. Where layers lie on several devices, windows are made on the first one, where
+    everything that the arguments hold lies, and go to the layer's.
     """
+
+    where: torch.device | None = None
 
     def __init__(self, arguments: dict[str, Any]) -> None:
         self.arguments = arguments
@@ -49,7 +53,7 @@ class LazyMask:
             return found
         mask = self.arguments["attention_mask"]
         columns = torch.arange(mask.shape[-1], device=mask.device)
-        left = columns >= self.padding[:, None]
+        left = columns >= self.padding.to(mask.device)[:, None]
         return found if torch.equal(mask.bool(), left) else None
 
     def window(self, rows: slice, columns: slice) -> torch.Tensor | None:
@@ -66,7 +70,7 @@ class LazyMask:
             "kv_offset": columns.start,
             "allow_is_causal_skip": False,
         }
-        return sdpa_mask(**made)
+        return self._moved(sdpa_mask(**made))
 
     def __getitem__(self, index: tuple[slice, ...]) -> LazyMask:
         """The mask of some consecutive queries, as `mask[:, :, rows]` (Gemma 4 drops queries it
@@ -75,15 +79,22 @@ class LazyMask:
         start, stop, step = index[2].indices(self.arguments["q_length"])
         assert step == 1 and index[:2] == (slice(None), slice(None))
         first = self.arguments.get("q_offset", 0) + start
-        return LazyMask({**self.arguments, "q_offset": first, "q_length": stop - start})
+        some = LazyMask({**self.arguments, "q_offset": first, "q_length": stop - start})
+        return some if self.where is None else some.to(self.where)
 
     def resolve(self, implementation: str) -> Any:
         """The mask that another attention implementation expects."""
-        return ALL_MASK_ATTENTION_FUNCTIONS[implementation](**self.arguments)
+        return self._moved(ALL_MASK_ATTENTION_FUNCTIONS[implementation](**self.arguments))
 
-    def to(self, *_: Any, **__: Any) -> LazyMask:
-        """Devices are settled when a window is made."""
-        return self
+    def to(self, device: torch.device | str | int, **_: Any) -> LazyMask:
+        """The same for a layer on another device, as accelerate asks for it."""
+        there = copy(self)
+        there.where = torch.device(device)
+        there.padding = None if self.padding is None else self.padding.to(there.where)
+        return there
+
+    def _moved(self, mask: Any) -> Any:
+        return mask.to(self.where) if isinstance(mask, torch.Tensor) and self.where else mask
 
 
 class TensorMask:
