@@ -1,4 +1,4 @@
-"""Join evaluations: python report.py FOLDER... [--to FOLDER]"""
+"""Join evaluations: python report.py FOLDER... [--to FOLDER] [--long]"""
 
 import sys
 

@@ -201,6 +201,7 @@ def write(
     budgets: Sequence[dict[str, Any]],
     folder: Path,
     log: Run,
+    long: bool = False,
 ) -> list[str]:
     """Show the tables, and write them with a figure each.
 
@@ -209,6 +210,7 @@ def write(
         budgets: from `read_budgets`.
         folder: where joined.csv, .json, .md, .html (the whole on one page) and .png go.
         log: shows the tables.
+        long: whether the figure's bits are those at 32,768 tokens.
 
     Returns:
         Names of the files.
@@ -241,10 +243,16 @@ def write(
             log.table(*part)
         for line in (*c.protocol, *table.comparisons(c.rows), *table.answered(c.rows)):
             log.say(line)
-    return ["joined.csv", "joined.json", "joined.md", "joined.html", *_figures(comparisons, folder)]
+    return [
+        "joined.csv",
+        "joined.json",
+        "joined.md",
+        "joined.html",
+        *_figures(comparisons, folder, long),
+    ]
 
 
-def _figures(comparisons: Sequence[Comparison], folder: Path) -> list[str]:
+def _figures(comparisons: Sequence[Comparison], folder: Path, long: bool) -> list[str]:
     if importlib.util.find_spec("matplotlib") is None:
         return []
     from kvsmith.pipeline.report.plots import plot_losses
@@ -253,7 +261,7 @@ def _figures(comparisons: Sequence[Comparison], folder: Path) -> list[str]:
     for i, c in enumerate(comparisons):
         if any(row.candidate.role != "full" for row in c.rows):
             names.append("joined.png" if len(comparisons) == 1 else f"joined-{i}.png")
-            plot_losses(c.rows, folder / names[-1], c.title)
+            plot_losses(c.rows, folder / names[-1], c.title, long)
     return names
 
 
@@ -269,6 +277,7 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="report.py", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("folders", nargs="+", type=Path, help="of runs or sweeps of evaluate.py")
     parser.add_argument("--to", type=Path, help="where files go; the first folder")
+    parser.add_argument("--long", action="store_true", help="the figure's bits at 32,768 tokens")
     given = parser.parse_args(arguments)
 
     def run() -> None:
@@ -277,7 +286,7 @@ def main(arguments: Sequence[str]) -> int:
             found, budgets = join(given.folders), read_budgets(given.folders)
             for folder in given.folders:
                 _check_folder(folder)
-            names = write(found, budgets, to, log)
+            names = write(found, budgets, to, log, given.long)
             log.say(f"written to {shown(to)}: {', '.join(names)}")
 
     return main_guard(run)

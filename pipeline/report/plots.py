@@ -40,20 +40,25 @@ class Point:
     spread: float
 
 
-def plot_losses(rows: Sequence[Row], path: Path, title: str) -> None:
+def plot_losses(rows: Sequence[Row], path: Path, title: str, long: bool = False) -> None:
     """Perplexity increase and divergence against all-in bits, both on a logarithmic axis.
 
     Args:
         rows: at least one besides full precision.
         path: PNG to write.
         title: above the figure.
+        long: bits at 32,768 tokens, where dense windows weigh little, in place of those of the
+            measured windows.
     """
     shown = [(row, row.found.fidelity) for row in rows if row.candidate.role != "full"]
-    perplexity = [_point(r, 100 * f.delta, 100 * (f.delta_se or 0)) for r, f in shown]
-    divergence = [_point(r, f.kld, f.kld_se or 0) for r, f in shown]
+    perplexity = [_point(r, 100 * f.delta, 100 * (f.delta_se or 0), long) for r, f in shown]
+    divergence = [_point(r, f.kld, f.kld_se or 0, long) for r, f in shown]
     fig, axes = pyplot().subplots(1, 2, figsize=(12.5, 5.4), layout="constrained")
     _panel(axes[0], perplexity, "perplexity increase over full precision, %")
     _panel(axes[1], divergence, "mean KL divergence from full precision, nats a token")
+    if long:
+        for ax in axes:
+            ax.set_xlabel(f"{ax.get_xlabel()} at 32,768 tokens")
     save(fig, path, title)
 
 
@@ -91,11 +96,12 @@ def plot_chart(chart: Chart, path: Path) -> None:
 
 def family(name: str) -> str:
     """What candidates of different widths share: kvquant_nuq3_o1 -> kvquant_nuq*_o1."""
-    return re.sub(r"(nuq|int|kivi|nf)\d", r"\1*", name, count=1)
+    return re.sub(r"(?<=[a-z])\d", "*", name, count=1)
 
 
-def _point(row: Row, value: float, spread: float) -> Point:
-    return Point(row.name, row.candidate.role == "bundle", row.bits, value, spread)
+def _point(row: Row, value: float, spread: float, long: bool) -> Point:
+    bits = row.found.long_bits if long else row.bits
+    return Point(row.name, row.candidate.role == "bundle", bits, value, spread)
 
 
 def _panel(ax: Any, points: Sequence[Point], label: str) -> None:

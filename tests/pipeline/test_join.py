@@ -57,7 +57,10 @@ def test_one_command_joins_a_sweep(sweep: Path, capsys: pytest.CaptureFixture[st
         assert float(rows[row["name"]]["perplexity"]) == row["fidelity"]["perplexity"]
         assert int(rows[row["name"]]["kv_bytes"]) == row["footprint"]["nbytes"]
     assert (sweep / "runs/joined.md").read_text().count("\n| ") == 12
-    assert (sweep / "runs/joined.png").read_bytes().startswith(b"\x89PNG")
+    short = (sweep / "runs/joined.png").read_bytes()
+    assert short.startswith(b"\x89PNG")
+    assert main([str(sweep / "runs"), "--long"]) == 0
+    assert (sweep / "runs/joined.png").read_bytes() != short
 
 
 def test_what_was_read_is_what_was_written(sweep: Path) -> None:
