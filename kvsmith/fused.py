@@ -1,7 +1,7 @@
 """A decoding step of one layer as a single operation, where the kernel knows all about the layer.
 
-`attention.attend_store` asks here first. What `attend_encoded` does not serve - a low-rank cache, a
-mask of the model's own, RoPE of another form or at positions with gaps - goes its general way, in
+`attention.attend_store` asks here first. What `attend_encoded` does not serve - pages of two ranks,
+a mask of the model's own, RoPE of another form or at positions with gaps - goes its general way, in
 chunks.
 """
 
@@ -91,7 +91,8 @@ def _serves(q: torch.Tensor, store: LayerStore, mask: Mask, rotate: Rotation) ->
     if (mask.padding is None) != (store.padding is None):
         return False
     # The queries' own tokens must be among the dense ones, as they came.
-    return 0 < store.encoded and q.shape[2] <= store.spec.recent and store.is_plain
+    dense = store.length - store.body_end
+    return 0 < store.encoded and q.shape[2] <= dense and store.is_plain
 
 
 def _sent(numbers: tuple[int, ...], device: torch.device) -> torch.Tensor:

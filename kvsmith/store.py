@@ -97,15 +97,26 @@ class LayerStore:
 
     @property
     def is_plain(self) -> bool:
-        """Whether pages hold no more than codes, ranges and corrections."""
-        return all(not c.is_identity and c.factors is None for c in self.codecs)
+        """Whether all pages hold equal parts, and factors of keys only after RoPE."""
+        mixed = 0 < self.prompt_pages < len(self.pages)
+        for c, rotated in zip(self.codecs, (self.spec.key_domain == "post", True), strict=True):
+            if c.is_identity:
+                return False
+            part = c.spec.low_rank
+            if part and (not rotated or (mixed and part.prompt_rank not in (None, part.rank))):
+                return False
+        return True
 
     def body(self) -> Body:
         """The encoded tokens as a kernel reads them; for a store that `is_plain`."""
-        k, v = (Side(c.format, c.tables, c.dim, c.rotation) for c in self.codecs)
+        sides = []
+        for i, c in enumerate(self.codecs):
+            left = self.pages[0].sides[i].get("left") if self.pages else None
+            rank = 0 if left is None else left.shape[-2]
+            sides.append(Side(c.format, c.tables, c.dim, c.rotation, c.factors, rank))
         page, begin = self.page_size, self.freed * self.page_size
         table, heads = self._table.of(self.pages), self.geometry.kv_heads
-        return Body(self.pages, table, heads, page, begin, self.encoded, k, v)
+        return Body(self.pages, table, heads, page, begin, self.encoded, *sides)
 
     # -- writing ----------------------------------------------------------------------------------
 

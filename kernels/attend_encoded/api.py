@@ -20,7 +20,7 @@ import torch
 from kvsmith.errors import explain
 from kvsmith.kernels.attend_encoded import reference
 from kvsmith.kernels.choice import Impl, preferred
-from kvsmith.kernels.format import Format, Tables
+from kvsmith.kernels.format import Factors, Format, Tables
 from kvsmith.kernels.partial import Partial
 
 
@@ -44,12 +44,16 @@ class Side:
         dim: channels of a head D.
         turn: [H or 1, D, D] float32, orthogonal; tokens were multiplied by it before they were
             encoded, those of the windows were not; None for none.
+        factors: how the low-rank term is stored; None without one.
+        rank: its columns R in every page.
     """
 
     format: Format
     tables: Tables
     dim: int
     turn: torch.Tensor | None = None
+    factors: Factors | None = None
+    rank: int = 0
 
 
 @dataclass(frozen=True)
@@ -166,6 +170,9 @@ def attend_encoded(
     if q.shape[1] % H or q.shape[-1] != body.k.dim or sinks.k.shape[1] != H:
         shapes = f"q {tuple(q.shape)}, {H} KV heads of {body.k.dim}"
         raise ValueError(explain("attend_encoded", "shapes", "q [B, H * G, T, D]", shapes))
+    if rope is not None and body.k.factors is not None:
+        # It was found after RoPE, or would have to be turned with every token.
+        raise ValueError(explain("attend_encoded", "rope", "None beside a low-rank term", "given"))
     if impl is None:
         impl = "reference" if unsupported(body, q.shape) else preferred(q.device)
     if impl == "reference":
@@ -187,6 +194,8 @@ def unsupported(body: Body, shape: Sequence[int]) -> str | None:
             return f"head dim {side.dim}"
         if fmt.axis == "token" and fmt.group and half % fmt.group and fmt.group != side.dim:
             return f"groups of {fmt.group} channels that straddle the halves of {side.dim}"
+        if side.factors and (side.factors.bits not in (0, 2, 4, 8) or side.dim % 8):
+            return f"factors of {side.factors.bits} bits at head dim {side.dim}"
     if tile_tokens(body) is None:
         return f"blocks or groups of tokens that do not fit pages of {body.page_size}"
     return None
@@ -212,6 +221,9 @@ def tile_tokens(body: Body, backend: str = "cuda") -> int | None:
             # Corrections are found by block, a channel's range by group.
             fits &= not fmt.slots or tokens % fmt.block == 0
             fits &= fmt.axis == "token" or not fmt.group or fmt.group % tokens == 0
+        if body.k.factors or body.v.factors:
+            block = body.k.format.block
+            fits &= tokens % block == 0 or block % tokens == 0
         if fits:
             return tokens
     return None

@@ -12,6 +12,8 @@ from kvsmith.kernels.partial import Partial
 
 # Corrections of a block that are read at once; the mean is 20 at 1 % and blocks of 16 x 128.
 CORRECTIONS = 32
+# Tensors of a page.
+PARTS = ("codes", "scale", "zero", "index", "value", "start", "left", "right", "factor_scale")
 # Programs that share a row and head at most, and tiles that are worth a program.
 MAX_SPLITS, TILES_EACH = 128, 8
 
@@ -195,9 +197,11 @@ def constants(
             f"{name}_KIND": kind,
             f"{name}_GROUP": f.group,
             f"{name}_SLOTS": f.slots,
+            f"{name}_RANK": side.rank,
+            f"{name}_FACTOR_BITS": side.factors.bits if side.factors else 0,
         }
         tensors = body.pages[0].sides[i] if body.pages else {}
-        for part in ("codes", "scale", "zero", "index", "value", "start"):
+        for part in PARTS:
             place = tensors[part].data_ptr() - base if part in tensors else 0
             out[f"{name}_{part.upper()}"] = place
     return out

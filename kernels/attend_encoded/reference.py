@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from functools import reduce
 from typing import TYPE_CHECKING
 
@@ -10,10 +11,11 @@ import torch
 
 from kvsmith.kernels.attend.api import attend
 from kvsmith.kernels.decode.api import decode
+from kvsmith.kernels.low_rank.api import add_low_rank, read_factors
 from kvsmith.kernels.partial import Partial
 
 if TYPE_CHECKING:
-    from kvsmith.kernels.attend_encoded.api import Body, Logits, Rope, Window
+    from kvsmith.kernels.attend_encoded.api import Body, Logits, Rope, Side, Window
 
 
 def attend_encoded(
@@ -71,11 +73,18 @@ def decode_body(body: Body, like: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     """Readable body tokens, [B, H, C, D] float32 keys and values, turned back."""
     dense = []
     for i, side in enumerate((body.k, body.v)):
-        pages = [decode(page.sides[i], side.format, side.tables, side.dim) for page in body.pages]
+        pages = [_decoded(page.sides[i], side) for page in body.pages]
         empty = like.new_zeros((like.shape[0], body.heads, 0, side.dim), dtype=torch.float32)
         x = torch.cat([empty, *pages], dim=2)[:, :, : body.stop - body.begin]
         dense.append(x if side.turn is None else x @ side.turn.mT)
     return dense[0], dense[1]
+
+
+def _decoded(tensors: Mapping[str, torch.Tensor], side: Side) -> torch.Tensor:
+    x = decode(tensors, side.format, side.tables, side.dim)
+    if side.factors is None:
+        return x
+    return add_low_rank(x, *read_factors(tensors, side.factors, side.dim))
 
 
 def _head(window: Window) -> torch.Tensor | None:

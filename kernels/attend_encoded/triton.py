@@ -23,6 +23,7 @@ from kvsmith.kernels.attend.triton import (
     turn,
 )
 from kvsmith.kernels.decode.triton import codes, level, range_of
+from kvsmith.kernels.low_rank.triton import add_logits, add_values
 
 # By torch's name.
 STORE = {"torch.float16": tl.float16, "torch.bfloat16": tl.bfloat16, "torch.float32": tl.float32}
@@ -92,48 +93,22 @@ def attend_kernel(
     row_bytes,
     own_positions,
     splits,
-    H: tl.constexpr,
-    R: tl.constexpr,
-    T_NEW: tl.constexpr,
-    M: tl.constexpr,
-    T: tl.constexpr,
-    D: tl.constexpr,
-    HALF: tl.constexpr,
-    DV: tl.constexpr,
-    HALF_V: tl.constexpr,
-    PAGE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    EC: tl.constexpr,
-    SINKS: tl.constexpr,
-    ROOM: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ROPE: tl.constexpr,
-    HAS_CAP: tl.constexpr,
-    WIDE: tl.constexpr,
-    STORE: tl.constexpr,
-    K_BITS: tl.constexpr,
-    K_UNIFORM: tl.constexpr,
-    K_KIND: tl.constexpr,
-    K_GROUP: tl.constexpr,
-    K_SLOTS: tl.constexpr,
-    K_CODES: tl.constexpr,
-    K_SCALE: tl.constexpr,
-    K_ZERO: tl.constexpr,
-    K_INDEX: tl.constexpr,
-    K_VALUE: tl.constexpr,
-    K_START: tl.constexpr,
-    V_BITS: tl.constexpr,
-    V_UNIFORM: tl.constexpr,
-    V_KIND: tl.constexpr,
-    V_GROUP: tl.constexpr,
-    V_SLOTS: tl.constexpr,
-    V_CODES: tl.constexpr,
-    V_SCALE: tl.constexpr,
-    V_ZERO: tl.constexpr,
-    V_INDEX: tl.constexpr,
-    V_VALUE: tl.constexpr,
-    V_START: tl.constexpr,
-):
+    H: tl.constexpr, R: tl.constexpr, T_NEW: tl.constexpr, M: tl.constexpr, T: tl.constexpr,
+    D: tl.constexpr, HALF: tl.constexpr, DV: tl.constexpr, HALF_V: tl.constexpr,
+    PAGE: tl.constexpr, BLOCK: tl.constexpr, EC: tl.constexpr,
+    SINKS: tl.constexpr, ROOM: tl.constexpr, PRECISION: tl.constexpr,
+    ROPE: tl.constexpr, HAS_CAP: tl.constexpr, WIDE: tl.constexpr, STORE: tl.constexpr,
+    K_BITS: tl.constexpr, K_UNIFORM: tl.constexpr, K_KIND: tl.constexpr, K_GROUP: tl.constexpr,
+    K_SLOTS: tl.constexpr, K_RANK: tl.constexpr, K_FACTOR_BITS: tl.constexpr,
+    K_CODES: tl.constexpr, K_SCALE: tl.constexpr, K_ZERO: tl.constexpr,
+    K_INDEX: tl.constexpr, K_VALUE: tl.constexpr, K_START: tl.constexpr,
+    K_LEFT: tl.constexpr, K_RIGHT: tl.constexpr, K_FACTOR_SCALE: tl.constexpr,
+    V_BITS: tl.constexpr, V_UNIFORM: tl.constexpr, V_KIND: tl.constexpr, V_GROUP: tl.constexpr,
+    V_SLOTS: tl.constexpr, V_RANK: tl.constexpr, V_FACTOR_BITS: tl.constexpr,
+    V_CODES: tl.constexpr, V_SCALE: tl.constexpr, V_ZERO: tl.constexpr,
+    V_INDEX: tl.constexpr, V_VALUE: tl.constexpr, V_START: tl.constexpr,
+    V_LEFT: tl.constexpr, V_RIGHT: tl.constexpr, V_FACTOR_SCALE: tl.constexpr,
+):  # fmt: skip
     i_b, i_h, i_s = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2)
     dtype = p_q.dtype.element_ty
     row, low, low_v = tl.arange(0, M), tl.arange(0, HALF), tl.arange(0, HALF_V)
@@ -204,6 +179,11 @@ def attend_kernel(
                 logits,
                 input_precision="ieee",
             )
+            if K_RANK:
+                logits = add_logits(
+                    logits, q1, q2, p_base, i_h, at % PAGE, tile, K_RANK, K_FACTOR_BITS,
+                    K_LEFT, K_RIGHT, K_FACTOR_SCALE, BLOCK, PAGE, T, D, HALF, STORE,
+                )  # fmt: skip
             if K_SLOTS:
                 for i in tl.static_range(T // BLOCK):
                     p_i, p_x, e, e_end = _corrections(
@@ -274,6 +254,11 @@ def attend_kernel(
             acc2 = tl.dot(
                 operand(weight, dtype, WIDE), operand(v2, dtype, WIDE), acc2, input_precision="ieee"
             )
+            if V_RANK:
+                acc1, acc2 = add_values(
+                    acc1, acc2, p, p_base, i_h, at % PAGE, tile, V_RANK, V_FACTOR_BITS,
+                    V_LEFT, V_RIGHT, V_FACTOR_SCALE, BLOCK, PAGE, T, DV, HALF_V, STORE,
+                )  # fmt: skip
             if V_SLOTS:
                 for i in tl.static_range(T // BLOCK):
                     p_i, p_x, e, e_end = _corrections(

@@ -11,7 +11,7 @@ import torch
 from kvsmith.kernels.aot import Variant
 from kvsmith.kernels.attend_encoded.api import Body, Logits, Rope, Side
 from kvsmith.kernels.attend_encoded.launch import constants, options, power
-from kvsmith.kernels.format import Format, Tables
+from kvsmith.kernels.format import Factors, Format, Tables
 
 # Query heads a KV head, head dim, dtype.
 SHAPES = (
@@ -56,9 +56,15 @@ def attend_variants() -> list[Variant]:
                 if name == "kivi" and dim % 64:
                     continue
                 k, v = Side(*sides[:2], dim), Side(*sides[2:], dim)
-                body = Body((), None, 8, 128, 0, 0, k, v)
                 title = f"{name} {bits} bit, {group} x {dim}"
-                found += [_variant(title, body, group, dtype, b) for b in ("cuda", "hip")]
+                found += _both(title, k, v, group, dtype)
+    gear = (
+        (Format(2, "channel", 64, 2, "extremes", f16, 64, 1), plain, 128),
+        (Format(2, "token", 64, 20, "extremes", f16, 64), plain, 128),
+    )
+    for width in (0, 4):
+        k, v = (Side(*side, factors=Factors(64, 3, width, f16), rank=4) for side in gear)
+        found += _both(f"gear 2 bit, factors {width or 16}", k, v, 4, "bf16", rope=False)
     merge = {
         "p_parts": "*fp32:16",
         "p_logs": "*fp32:16",
@@ -79,10 +85,15 @@ def attend_variants() -> list[Variant]:
     return found
 
 
-def _variant(name: str, body: Body, group: int, dtype: str, backend: str) -> Variant:
+def _both(name: str, k: Side, v: Side, group: int, dtype: str, rope: bool = True) -> list[Variant]:
+    body = Body((), None, 8, 128, 0, 0, k, v)
+    return [_variant(name, body, group, dtype, b, rope) for b in ("cuda", "hip")]
+
+
+def _variant(name: str, body: Body, group: int, dtype: str, backend: str, turned: bool) -> Variant:
     from kvsmith.kernels.attend_encoded.triton import attend_kernel
 
-    rope = Rope(torch.zeros(1), 1.0, torch.zeros(1))
+    rope = Rope(torch.zeros(1), 1.0, torch.zeros(1)) if turned else None
     constant = constants(body, group, 1, (4, 32), rope, Logits(1.0), backend) | {"WIDE": False}
     kinds = {
         "p_q": dtype,

@@ -13,7 +13,7 @@ from kvsmith.geometry import LayerGeometry
 from kvsmith.kernels.attend_encoded.api import Body, Logits, Rope, Side, Window
 from kvsmith.layout import page_layout
 from kvsmith.pages import new_page, write
-from kvsmith.spec import NUQ, CodecSpec, StaticThreshold, TensorCodec, TopK, Uniform
+from kvsmith.spec import NUQ, CodecSpec, LowRank, StaticThreshold, TensorCodec, TopK, Uniform
 
 CODECS = {
     "nuq": (
@@ -37,6 +37,16 @@ CODECS = {
         lambda b: TensorCodec(
             Uniform(bits=b, axis="channel", range="calibrated"), StaticThreshold(0.02)
         ),
+    ),
+    "gear": (
+        lambda b: TensorCodec(
+            Uniform(bits=b, axis="channel", group_size=32), TopK(0.05), LowRank(3)
+        ),
+        lambda b: TensorCodec(Uniform(bits=b), TopK(0.03), LowRank(2)),
+    ),
+    "gear_few": (
+        lambda b: TensorCodec(Uniform(bits=b), None, LowRank(2, bits=4)),
+        lambda b: TensorCodec(Uniform(bits=b, group_size=16), None, LowRank(5, bits=b)),
     ),
 }
 
@@ -89,7 +99,8 @@ def make_layer(
         bases.append(x if basis is None else (x.float() @ basis).to(dtype))
         c = Codec(part, heads, x.shape[3], torch.float16, _parameters(part, x), name, block)
         codecs.append(c)
-        sides.append(Side(c.format, c.tables, x.shape[3], basis))
+        rank = part.low_rank.rank if part.low_rank else 0
+        sides.append(Side(c.format, c.tables, x.shape[3], basis, c.factors, rank))
     layout = page_layout(spec, LayerGeometry(heads, heads, dim, v_dim), page, dtype)
     pages = []
     for at in range(0, encoded, page):

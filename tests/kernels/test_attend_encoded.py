@@ -58,6 +58,10 @@ CASES = [
     ("channels", 8, 257, 2, {"padding": [5, 0]}),
     ("uniform", 4, 257, 2, {"rope": False, "turned": (True, True), "padding": [0, 30]}),
     ("nuq", 4, 100, 2, {"turned": (False, True)}),
+    ("gear", 2, 257, 2, {"block": 32, "rope": False, "padding": [0, 30]}),
+    ("gear", 4, 200, 4, {"block": 32, "rope": False, "dim": 80, "page": 128}),
+    ("gear_few", 4, 150, 2, {"block": 16, "rope": False, "turned": (True, True)}),
+    ("gear_few", 8, 257, 1, {"block": 128, "rope": False, "dim": 128, "heads": 1, "page": 128}),
 ]
 
 

@@ -20,11 +20,20 @@ KIVI = CodecSpec(
     recent=32,
     block_size=32,
 )
+GEAR = CodecSpec(
+    TensorCodec(Uniform(bits=2, axis="channel", group_size=32), TopK(0.05), LowRank(2)),
+    TensorCodec(Uniform(bits=2), TopK(0.05), LowRank(2, bits=4)),
+    key_domain="post",
+    sinks=0,
+    recent=0,
+    block_size=32,
+)
 CODECS = {
     "pre": CodecSpec(NF, NF, recent=16),
     "post": CodecSpec(NF, NF, recent=16, key_domain="post"),
     "kivi": KIVI,
     "had": CodecSpec(HADAMARD, HADAMARD, recent=16, key_domain="post"),
+    "gear": GEAR,
 }
 # The first token after the prompt completes a block.
 STEPS = (83, 1, 2, 1)
@@ -60,6 +69,7 @@ def logits(model, spec, ids, mask, monkeypatch, kernels):
         ("llama", "post", True),
         ("llama", "kivi", False),
         ("llama", "had", False),
+        ("llama", "gear", True),
         ("mistral", "pre", True),
         ("qwen3", "pre", False),
     ],
@@ -96,8 +106,14 @@ def test_generate_runs_on_the_kernel(mode, steps, monkeypatch):
 def test_what_the_kernel_does_not_serve_goes_the_general_way(steps, monkeypatch):
     model, ids = build("llama"), torch.randint(3, 97, (1, sum(STEPS)))
     low = TensorCodec(Uniform(bits=4), low_rank=LowRank(rank=2))
-    for spec in (CodecSpec(low, low), CodecSpec(NF, NF, recent=0)):
-        cache = make_cache(model, CacheSpec(spec))
+    # A term of keys before RoPE; pages of two ranks; tokens that are encoded at once.
+    two = TensorCodec(Uniform(bits=4), low_rank=LowRank(rank=2, prompt_rank=4))
+    for spec in (
+        CodecSpec(low, low),
+        CodecSpec(two, two, key_domain="post"),
+        CodecSpec(NF, NF, recent=0, block_size=1),
+    ):
+        cache = make_cache(model, CacheSpec(spec, page_size=16))
         run(model, ids, cache, STEPS, None)
     holes = torch.ones_like(ids)
     holes[0, 40] = 0
