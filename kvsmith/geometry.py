@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kvsmith.cla import check_owner
 from kvsmith.errors import explain
@@ -68,6 +68,17 @@ class ModelGeometry:
     def owners(self) -> tuple[int, ...]:
         """Indices of the layers that store tokens."""
         return tuple(i for i, o in enumerate(self.owner) if i == o)
+
+    def readers(self, owner: int) -> tuple[int, ...]:
+        """Indices of the layers that read a layer's tokens, itself first."""
+        return tuple(i for i, o in enumerate(self.owner) if o == owner)
+
+    def joined(self, owner: int) -> LayerGeometry:
+        """An owning layer with the query heads of all that read it: for each KV head those of each
+        reader in turn.
+        """
+        heads = sum(self.layers[i].query_heads for i in self.readers(owner))
+        return replace(self.layers[owner], query_heads=heads)
 
     @property
     def elements(self) -> int:

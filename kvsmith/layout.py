@@ -245,7 +245,7 @@ def less_parameters(spec: CacheSpec, geometry: ModelGeometry) -> dict[str, Tenso
     if spec.less is None:
         return tensors
     for index, i in enumerate(evicting_layers(spec, geometry)):
-        own = less_tensors(spec.less.features, geometry.layers[i], spec.less.rank_of(index))
+        own = less_tensors(spec.less.features, geometry.joined(i), spec.less.rank_of(index))
         for name, (shape, unit) in own.items():
             tensors[f"layers.{i}.less.{name}"] = TensorInfo(shape, torch.float32, unit)
     return tensors
@@ -255,9 +255,9 @@ def _check_less(spec: CacheSpec, geometry: ModelGeometry) -> None:
     layers = evicting_layers(spec, geometry)
     if spec.less is None:
         return
-    if not layers or len(geometry.owners) != len(geometry.layers):
-        expected = "layers that own their tokens and have no sliding window"
-        raise ValueError(explain("cache.less", "model", f"one with {expected}", "none, or shared"))
+    if not layers:
+        expected = "one with layers without a sliding window"
+        raise ValueError(explain("cache.less", "model", expected, "none"))
     if len(spec.less.ranks) not in (0, len(layers)):
         expected = f"one for each of the {len(layers)} layers that evict"
         raise ValueError(explain("cache.less", "ranks", expected, len(spec.less.ranks)))

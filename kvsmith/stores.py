@@ -63,7 +63,7 @@ def _state(spec: CacheSpec, geometry: ModelGeometry, layer: int, own: Parameters
     if spec.less is None:
         return None
     rank = spec.less.rank_of(evicting_layers(spec, geometry).index(layer))
-    expected = less_tensors(spec.less.features, geometry.layers[layer], rank)
+    expected = less_tensors(spec.less.features, geometry.joined(layer), rank)
     for name, (shape, _) in expected.items():
         where = f"layers.{layer}.less.{name}"
         if name not in own:

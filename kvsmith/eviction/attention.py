@@ -25,6 +25,7 @@ def attend_kept(
     mask: Mask,
     rotate: Rotate,
     scores: Scores,
+    reader: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attend to what is left of earlier tokens, and to the new ones exactly.
 
@@ -39,6 +40,7 @@ def attend_kept(
         mask: visibility; its columns are all earlier ones followed by the new ones.
         rotate: RoPE for stored keys.
         scores: scale and its like.
+        reader: which of the layers that read the store asks.
 
     Returns:
         out [B, T, Hq, Dv] in the dtype of q; mass [B, H, C + T'] float32 for `store.settle`, None
@@ -49,7 +51,7 @@ def attend_kept(
         return attend_dense(q, k, v, mask, scores.scale), None
     part, mass = attend_there(q, k, v, store, mask, rotate, scores)
     if store.state is not None and store.length > k.shape[2]:
-        part = part.merge(store.state.partial(q))
+        part = part.merge(store.state.partial(q, reader))
     return part.out.transpose(1, 2).to(q.dtype), mass
 
 

@@ -64,7 +64,8 @@ class LayerHandle:
             q, k = seam.turn(q, seam.call.rope), seam.turn(k, self.rope)
         rotate = cache.rotation(seam, q.dtype)
         if isinstance(store, EvictingStore):
-            out, mass = attend_kept(q, k, v, store, mask, rotate, scores)
+            reader = cache.geometry.readers(self.layer).index(seam.layer)
+            out, mass = attend_kept(q, k, v, store, mask, rotate, scores, reader)
             cache.note(self.layer, mass)
             if seam.layer == cache.last_reader[self.layer]:
                 store.settle(cache.noted.pop(self.layer), _fold(store, rotate))

@@ -33,57 +33,68 @@ class FeatureMap(ABC):
         self.tensors = {name: t.to(device) for name, t in self.tensors.items()}
 
     @abstractmethod
-    def log_phi(
-        self,
-        q: torch.Tensor,
-    ) -> torch.Tensor:
-        """[B, Hq, T, D] -> [B, Hq, T, R] float32."""
+    def log_phi(self, q: torch.Tensor, reader: int = 0) -> torch.Tensor:
+        """[B, Hq, T, D] -> [B, Hq, T, R] float32.
+
+        Args:
+            q: queries after RoPE, of one of the layers that read the state, or of all of them as
+                `ModelGeometry.joined` lays them out.
+            reader: which one.
+        """
 
     @abstractmethod
-    def log_psi(
-        self,
-        k: torch.Tensor,
-    ) -> torch.Tensor:
+    def log_psi(self, k: torch.Tensor) -> torch.Tensor:
         """[B, H, T, D] -> [B, H, T, R] float32."""
+
+    def _own(self, name: str, heads: int, reader: int) -> torch.Tensor:
+        """`phi.name` of one reader, which has `heads` query heads."""
+        whole = self.tensors[f"phi.{name}"]
+        if whole.shape[0] == heads:
+            return whole
+        kv_heads = next(t for n, t in self.tensors.items() if n.startswith("psi.")).shape[0]
+        parts = whole.unflatten(0, (kv_heads, whole.shape[0] // heads, -1))
+        return parts[:, reader].flatten(0, 1)
 
 
 class ExponentialMap(FeatureMap):
     """See `spec.Exponential`."""
 
-    def log_phi(self, q: torch.Tensor) -> torch.Tensor:
+    def log_phi(self, q: torch.Tensor, reader: int = 0) -> torch.Tensor:
         """See `FeatureMap`."""
-        return self._logits(q, "phi")
+        weight, bias = (self._own(name, q.shape[1], reader) for name in ("weight", "bias"))
+        return _affine(q, weight, bias)
 
     def log_psi(self, k: torch.Tensor) -> torch.Tensor:
         """See `FeatureMap`."""
-        return self._logits(k, "psi")
-
-    def _logits(self, x: torch.Tensor, side: str) -> torch.Tensor:
-        weight, bias = self.tensors[f"{side}.weight"], self.tensors[f"{side}.bias"]
-        return x.float() @ (weight * weight.shape[1] ** -0.5) + bias[:, None]
+        return _affine(k, self.tensors["psi.weight"], self.tensors["psi.bias"])
 
 
 class MLPMap(FeatureMap):
     """See `spec.MLP`; no biases, dropout left to training."""
 
-    def log_phi(self, q: torch.Tensor) -> torch.Tensor:
+    def log_phi(self, q: torch.Tensor, reader: int = 0) -> torch.Tensor:
         """See `FeatureMap`."""
-        return _log(self._layers(q, "phi").abs())
+        first, second = (self._own(name, q.shape[1], reader) for name in ("first", "second"))
+        return _log(_two_layers(q, first, second).abs())
 
     def log_psi(self, k: torch.Tensor) -> torch.Tensor:
         """See `FeatureMap`."""
         t = self.tensors
-        a = t["psi.s1"].abs()[:, None] * self._layers(k, "psi")
+        a = t["psi.s1"].abs()[:, None] * _two_layers(k, t["psi.first"], t["psi.second"])
         return _log((a + a @ t["psi.third"] * t["psi.s2"][:, None]).abs())
-
-    def _layers(self, x: torch.Tensor, side: str) -> torch.Tensor:
-        hidden = F.gelu(x.float() @ self.tensors[f"{side}.first"])
-        return F.gelu(hidden @ self.tensors[f"{side}.second"])
 
 
 def feature_map(features: Features, tensors: Mapping[str, torch.Tensor]) -> FeatureMap:
     """The map that a spec names, with its trained tensors."""
     return ExponentialMap(tensors) if isinstance(features, Exponential) else MLPMap(tensors)
+
+
+def _affine(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    return x.float() @ (weight * weight.shape[1] ** -0.5) + bias[:, None]
+
+
+def _two_layers(x: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    return F.gelu(F.gelu(x.float() @ first) @ second)
 
 
 def _log(x: torch.Tensor) -> torch.Tensor:

@@ -73,7 +73,8 @@ def less_tensors(
     """Tensors that a bundle holds for the state of one layer, all float32.
 
     Returns:
-        name -> (shape, meaning), `phi.*` for queries [Hq, ...] and `psi.*` for keys [H, ...].
+        name -> (shape, meaning), `phi.*` for queries [Hq, ...] and `psi.*` for keys [H, ...]; the
+        query heads are those of all layers that read this one, see `ModelGeometry.joined`.
     """
     H, Hq, D, R = layer.kv_heads, layer.query_heads, layer.k_dim, rank
     if isinstance(features, Exponential):

@@ -68,11 +68,12 @@ class State:
         weights = torch.exp(logits - anchor[:, :, None]).transpose(-1, -2)  # [B, H, R, N]
         self.values, self.log_z = self._pack(kept + weights @ v.float()), log_z
 
-    def partial(self, q: torch.Tensor) -> Partial:
+    def partial(self, q: torch.Tensor, reader: int = 0) -> Partial:
         """Attention over the state.
 
         Args:
             q: [B, H * G, T, D] queries after RoPE.
+            reader: which of the layers that read this state asks.
 
         Returns:
             Partial; lse is -inf in rows where nothing was evicted yet.
@@ -80,7 +81,9 @@ class State:
         assert self.log_z is not None
         B, H, R = self.log_z.shape
         T = q.shape[2]
-        logits = self.features.log_phi(q).view(B, H, -1, T, R) + self.log_z[:, :, None, None]
+        logits = (
+            self.features.log_phi(q, reader).view(B, H, -1, T, R) + self.log_z[:, :, None, None]
+        )
         lse = torch.logsumexp(logits, dim=-1)
         anchor = lse.masked_fill(lse.isneginf(), 0.0)
         weights = torch.exp(logits - anchor[..., None]).flatten(2, 3)  # [B, H, G * T, R]

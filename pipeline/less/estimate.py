@@ -30,7 +30,7 @@ def estimate(facts: ModelFacts, spec: CacheSpec, cfg: LessTraining, length: int)
         length: tokens of a sequence.
     """
     assert not isinstance(spec.eviction, KeepAll)
-    layers = [facts.geometry.layers[i] for i in evicting_layers(spec, facts.geometry)]
+    layers = [facts.geometry.joined(i) for i in evicting_layers(spec, facts.geometry)]
     tokens, batches = cfg.samples * length, -(-cfg.samples // cfg.batch_size)
     forward = 2.0 * facts.weights * tokens
     forward += sum(2.0 * g.query_heads * g.k_dim * length * tokens for g in facts.geometry.layers)
@@ -39,7 +39,8 @@ def estimate(facts: ModelFacts, spec: CacheSpec, cfg: LessTraining, length: int)
     rows = cfg.batch_size * events * spec.codec.block_size
     fit = batches * cfg.steps * sum(_step(g, cfg, rows, facts.hidden) for g in layers)
     numbers = sum(_numbers(g, cfg) for g in layers)
-    seen = max(_activations(g, cfg.batch_size * length) for g in facts.geometry.layers)
+    owners = [facts.geometry.joined(i) for i in facts.geometry.owners]
+    seen = max(_activations(g, cfg.batch_size * length) for g in owners)
     seconds = forward / FLOPS + replay + fit / FLOPS
     return [
         f"{facts.name}: {tokens:,} tokens once ({cfg.samples} sequences of {length}), "

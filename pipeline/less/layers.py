@@ -37,7 +37,7 @@ class LayerTrainer:
         cfg: how.
         layer: index, for the seed and for messages.
         shape: the layer.
-        weight: [hidden, Hq * Dv] output projection.
+        weight: [readers, hidden, H, G * Dv] output projection of each layer that reads this one.
         total: optimizer steps in all.
     """
 
@@ -122,13 +122,15 @@ def relative_error(
     kept = Partial(pick.rows(gone.kept.out, block), pick.rows(gone.kept.lse, block))
     full = pick.rows(seen.out[:, :, span].float(), block)
     state = attend_state(maps, rank, seen.q[:, :, span], gone, pick)
-    missing = _projected(kept.out - full, weight)
-    return _projected(kept.merge(state).out - full, weight) / missing.clamp(min=1e-20)
+    missing = projected(kept.out - full, weight)
+    return projected(kept.merge(state).out - full, weight) / missing.clamp(min=1e-20)
 
 
-def _projected(x: Tensor, weight: Tensor) -> Tensor:
-    """Mean square of [B, Hq, T, D] after the output projection."""
-    return (x.transpose(1, 2).flatten(2) @ weight.T).square().mean()
+def projected(x: Tensor, weight: Tensor) -> Tensor:
+    """Mean square of [B, Hq, T, D] after the output projections of the readers."""
+    readers, _, heads, _ = weight.shape
+    parts = x.unflatten(1, (heads, readers, -1)).permute(2, 0, 4, 1, 3, 5).flatten(3)
+    return (parts @ weight.flatten(2).transpose(1, 2)[:, None]).square().mean()
 
 
 def initial(

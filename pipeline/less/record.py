@@ -9,8 +9,8 @@ they go. No T x T map exists.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,17 +21,20 @@ from kvsmith.attention import Mask, Scores, attend_dense
 from kvsmith.eviction.attention import attend_there, rotate_tokens
 from kvsmith.eviction.store import EvictingStore
 from kvsmith.eviction.tokens import Tokens
+from kvsmith.errors import explain
+from kvsmith.geometry import ModelGeometry
 from kvsmith.hf.answer import answering, mask_of
 from kvsmith.hf.dense import one_of_each_group, unrotate
 from kvsmith.hf.masks import BiasMask, LazyMask
-from kvsmith.hf.seam import HANDLE, Seam, SeamCache, attach
+from kvsmith.hf.seam import ATTACHED, HANDLE, Seam, SeamCache, attach
 from kvsmith.kernels.partial import Partial
 from kvsmith.rope import CosSin
 
 
 @dataclass(frozen=True)
 class Layer:
-    """Activations of one layer of the full model for some sequences.
+    """Activations of one layer of the full model for some sequences; where others read its tokens,
+    with their queries beside its own, as `ModelGeometry.joined` lays them out.
 
     Attributes:
         index: the layer.
@@ -56,17 +59,21 @@ class Layer:
     bias: BiasMask | None = None
 
 
-# May return another attention to go on with, [B, Hq, T, Dv].
+# May return another attention to go on with, [B, Hq, T, Dv], where no other layer reads the tokens.
 Visit = Callable[[Layer], Tensor | None]
 
 
 class Sweep(DynamicCache, SeamCache):  # type: ignore[misc]
-    """Stores nothing; shows each layer's activations to a visitor."""
+    """Stores nothing; shows each owning layer's activations to a visitor when its last reader has
+    attended.
+    """
 
-    def __init__(self, visit: Visit) -> None:
+    def __init__(self, visit: Visit, shape: ModelGeometry) -> None:
         super().__init__()
-        self.visit = visit
+        self.visit, self.shape = visit, shape
         self._seams: dict[int, Seam] = {}
+        self._handed: dict[int, tuple[Tensor, Tensor]] = {}
+        self._seen: dict[int, list[Layer]] = {}
 
     def begin(self, seam: Seam) -> None:
         """See `SeamCache`."""
@@ -80,14 +87,26 @@ class Sweep(DynamicCache, SeamCache):  # type: ignore[misc]
         *args: Any,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
-        """Hand keys on with a handle to the visitor."""
-        seam = self._seams[layer_idx]
+        """Hand the owner's keys on with a handle."""
+        seam, owner = self._seams[layer_idx], self.shape.owner[layer_idx]
         assert seam.call is not None
         if not seam.deferred:
             return self._answering(seam, key_states, value_states), value_states
-        handed = key_states.view_as(key_states)
-        setattr(handed, HANDLE, _Handle(self.visit, key_states, seam.call.rope))
-        return handed, value_states
+        if owner == layer_idx:
+            handed = key_states.view_as(key_states)
+            setattr(handed, HANDLE, _Handle(self, owner, key_states, seam.call.rope))
+            self._handed[owner] = handed, value_states
+        return self._handed[owner]
+
+    def show(self, reader: int, seen: Layer) -> Tensor | None:
+        """What the visitor says; of layers that share it sees the queries of all together."""
+        readers = self.shape.readers(seen.index)
+        parts = self._seen.setdefault(seen.index, [])
+        parts.append(seen)
+        if reader != readers[-1]:
+            return None
+        self._handed.pop(seen.index, None)
+        return self.visit(_joined(self._seen.pop(seen.index)))
 
     def _answering(self, seam: Seam, k: Tensor, v: Tensor) -> Tensor:
         """For modules that attend by themselves; see `hf.answer`."""
@@ -107,9 +126,27 @@ class Sweep(DynamicCache, SeamCache):  # type: ignore[misc]
         return answering(k, answer)
 
 
+def _joined(parts: Sequence[Layer]) -> Layer:
+    if len(parts) == 1:
+        return parts[0]
+    first, heads = parts[0], parts[0].k.shape[1]
+    q, out = _beside([p.q for p in parts], heads, 1), _beside([p.out for p in parts], heads, 1)
+    sinks = [p.scores.sink for p in parts if p.scores.sink is not None]
+    sink = _beside(sinks, heads, 0) if sinks else None
+    return replace(first, q=q, out=out, scores=replace(first.scores, sink=sink))
+
+
+def _beside(parts: Sequence[Tensor], heads: int, dim: int) -> Tensor:
+    """Query heads of several readers, for each KV head those of each reader in turn."""
+    return torch.stack([x.unflatten(dim, (heads, -1)) for x in parts], dim + 1).flatten(
+        dim, dim + 2
+    )
+
+
 @dataclass
 class _Handle:
-    visit: Visit
+    sweep: Sweep
+    owner: int
     k: Tensor
     rope: CosSin | None
     before: int = 0
@@ -128,20 +165,27 @@ class _Handle:
         with torch.no_grad():
             out = attend_dense(q, seam.turn(k, self.rope), v, mask, scores.scale)
         shown = q.detach(), self.k.detach(), v.detach(), self.rope, seam.turn
-        other = self.visit(Layer(seam.layer, *shown, out.transpose(1, 2), scores))
+        seen = Layer(self.owner, *shown, out.transpose(1, 2), scores)
+        other = self.sweep.show(seam.layer, seen)
         return out if other is None else other.transpose(1, 2)
 
 
 @torch.no_grad()
 def sweep(model: PreTrainedModel, ids: Tensor, visit: Visit) -> None:
-    """Read sequences [B, T] with full attention and show every layer's activations."""
+    """Read sequences [B, T] with full attention and show every owning layer's activations."""
     forward(model, ids, visit, logits_to_keep=1)
 
 
 def forward(model: PreTrainedModel, ids: Tensor, visit: Visit, **more: int) -> Tensor:
     """Logits of sequences [B, T] read at once, with what the visitor returns as attention."""
     attach(model)
-    out = model(input_ids=ids, past_key_values=Sweep(visit), use_cache=True, **more)
+    attachment = ATTACHED[model]
+    if attachment.shared and not attachment.deferred:
+        where = f"model ({model.config.model_type})"
+        expected = "by transformers' attention interface, for a state where layers share"
+        raise ValueError(explain(where, "attention", expected, "the module's own"))
+    cache = Sweep(visit, attachment.geometry)
+    out = model(input_ids=ids, past_key_values=cache, use_cache=True, **more)
     return out.logits
 
 

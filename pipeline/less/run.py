@@ -119,9 +119,9 @@ def cache_spec(codec: CodecSpec, choice: EvictionChoice, config: PreTrainedConfi
     spec = CacheSpec(codec, resolve(choice, context_of(config)))
     shape = geometry(config)
     check_geometry(spec, shape)
-    if not evicting_layers(spec, shape) or len(shape.owners) != len(shape.layers):
-        expected = "layers that own their tokens and have no sliding window"
-        raise ValueError(explain("less", "model", f"one with {expected}", "none, or shared"))
+    if not evicting_layers(spec, shape):
+        expected = "one with layers without a sliding window"
+        raise ValueError(explain("less", "model", expected, "none"))
     return spec
 
 

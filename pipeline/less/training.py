@@ -23,7 +23,7 @@ from kvsmith.hf.seam import attention_modules
 from kvsmith.layout import evicting_layers
 from kvsmith.less.spec import less_tensors
 from kvsmith.pipeline.less.allot import allot_ranks
-from kvsmith.pipeline.less.layers import LayerTrainer, relative_error
+from kvsmith.pipeline.less.layers import LayerTrainer, projected, relative_error
 from kvsmith.pipeline.less.options import LessTraining, scaled
 from kvsmith.pipeline.less.parallel import Pick
 from kvsmith.pipeline.less.record import Layer, Replay, replay, sweep
@@ -74,7 +74,7 @@ class Training:
         weights = projections(self.model)
         self.trainers = {
             i: LayerTrainer(
-                self.cfg, i, self.geometry.layers[i], weights[i], batches * self.cfg.steps
+                self.cfg, i, self.geometry.joined(i), weights[i], batches * self.cfg.steps
             )
             for i in self.own
         }
@@ -199,7 +199,7 @@ class Training:
             f"layers.{i}.less.{n}": size
             for i in self.layers
             for n, (size, _) in less_tensors(
-                self.cfg.features, self.geometry.layers[i], self.cfg.largest
+                self.cfg.features, self.geometry.joined(i), self.cfg.largest
             ).items()
         }
         return self.workers.gather(own, shapes, self._owner(shapes), self.stop)
@@ -263,11 +263,11 @@ def _check_gain(left: dict[int, dict[int, float]]) -> None:
 def _error(seen: Layer, gone: Replay, weight: Tensor) -> float:
     span = slice(gone.first, gone.first + gone.k.shape[2])
     missing = gone.kept.out - seen.out[:, :, span].float()
-    return float((missing.transpose(1, 2).flatten(2) @ weight.T).square().mean())
+    return float(projected(missing, weight))
 
 
 def projections(model: PreTrainedModel) -> dict[int, Tensor]:
-    """layer -> [hidden, Hq * Dv] output projection of its attention.
+    """owning layer -> [readers, hidden, H, G * Dv] output projections of attention.
 
     Raises:
         ValueError: an attention module has no projection by a known name.
@@ -282,4 +282,10 @@ def projections(model: PreTrainedModel) -> dict[int, Tensor]:
         # transformers' Conv1D (GPT-2) keeps its weight the other way round.
         weight = part.weight if isinstance(part, nn.Linear) else part.weight.T
         found[int(module.layer_idx)] = weight  # type: ignore[arg-type]
-    return found
+    shape = geometry(model.config)
+    return {
+        i: torch.stack(
+            [found[r].unflatten(1, (shape.layers[i].kv_heads, -1)) for r in shape.readers(i)]
+        )
+        for i in shape.owners
+    }
