@@ -14,10 +14,12 @@ from kvsmith.pipeline.data import DataConfig, PydocsData
 from kvsmith.pipeline.less.options import EvictionChoice, LessTraining
 from kvsmith.pipeline.less.run import predict, train_less
 from kvsmith.pipeline.log import LoggerConfig, Run
-from kvsmith.pipeline.model import ModelConfig
+from kvsmith.pipeline.model import ModelConfig, model_device
+from kvsmith.pipeline.training.division import Division
 from kvsmith.pipeline.training.owner_map import Measured
 from kvsmith.pipeline.training.pretrain import Pretrain, pretrain
 from kvsmith.pipeline.training.uptrain import Uptrain, uptrain
+from kvsmith.pipeline.workers import start_workers
 from kvsmith.spec import CodecSpec
 
 
@@ -39,6 +41,7 @@ class TrainConfig:
         own_folder: a pretrained model goes into this start's own folder.
         work: folder of unfinished runs.
         overwrite: replace a finished model of another configuration.
+        pieces: in which a process computes its rows of a batch, to need less memory; not of states.
         dry_run: with `less`, say what training will take, and do nothing.
         logger: where scalars go.
         debug: `debug=smoke` trains a toy for seconds.
@@ -58,6 +61,7 @@ class TrainConfig:
     own_folder: bool = False
     work: str = "runs/train"
     overwrite: bool = False
+    pieces: int = 1
     dry_run: bool = False
 
 
@@ -81,19 +85,20 @@ def run(cfg: TrainConfig, folder: Path) -> None:
         return
     if cfg.dry_run:
         raise ValueError(explain("dry_run", "training", "of states, less=...", "another"))
-    if cfg.pretrain is not None:
-        _pretrain(cfg, cfg.pretrain, folder)
-    elif sharing:
-        _uptrain(cfg, folder)
-    else:
-        names = ", ".join(
-            f"experiment={name}" for kind in ("pretrain", "cla") for name in experiments(kind)
-        )
-        expected = f"chosen: {names}; or cla=factor2; or less=h2o_budget512"
+    if cfg.pretrain is None and not sharing:
+        names = [*experiments("pretrain"), *experiments("cla")]
+        listed = ", ".join(f"experiment={name}" for name in names)
+        expected = f"chosen: {listed}; or cla=factor2; or less=h2o_budget512"
         raise ValueError(explain("train", "experiment", expected, "none"))
+    division = Division(start_workers(model_device(cfg.model)), cfg.pieces)
+    folder = Path(division.workers.leaders(str(folder)))
+    if cfg.pretrain is not None:
+        _pretrain(cfg, cfg.pretrain, folder, division)
+    else:
+        _uptrain(cfg, folder, division)
 
 
-def _pretrain(cfg: TrainConfig, what: Pretrain, folder: Path) -> None:
+def _pretrain(cfg: TrainConfig, what: Pretrain, folder: Path, division: Division) -> None:
     if isinstance(cfg.cla, Measured):
         remedy = "Choose cla=factor2."
         raise ValueError(explain("cla", "map", "known before training", "measured", remedy))
@@ -111,14 +116,15 @@ def _pretrain(cfg: TrainConfig, what: Pretrain, folder: Path) -> None:
         cfg.logger,
         cfg.overwrite,
         None if owner == tuple(range(len(owner))) else owner,
+        division,
     )
 
 
-def _uptrain(cfg: TrainConfig, folder: Path) -> None:
+def _uptrain(cfg: TrainConfig, folder: Path, division: Division) -> None:
     what = cfg.uptrain.smoke() if cfg.debug.smoke else cfg.uptrain
     work = folder if cfg.debug.smoke else output_path(cfg.work)
     output = output_path(cfg.output) if cfg.output else None
-    uptrain(what, cfg.cla, _text(cfg), cfg.model, output, work, cfg.logger, cfg.overwrite)
+    uptrain(what, cfg.cla, _text(cfg), cfg.model, output, work, cfg.logger, cfg.overwrite, division)
 
 
 def _text(cfg: TrainConfig) -> DataConfig:

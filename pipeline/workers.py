@@ -89,6 +89,16 @@ class Workers:
         self._broadcast(data, 0, stop)
         return bytes(data.tolist()).decode()
 
+    def add(self, tensor: Tensor) -> None:
+        """Sum a tensor over all processes, in place.
+
+        Raises:
+            ValueError: one of them has ended.
+        """
+        if self.count > 1:
+            with _together():
+                dist.all_reduce(tensor)
+
     def wait(self, stop: Stop | None = None) -> None:
         """Wait for all processes.
 

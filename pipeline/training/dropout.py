@@ -35,6 +35,7 @@ class Dropout:
         self._width = model.config.hidden_size
         self._device = model.device
         self._mask = torch.ones(0, dtype=dtype)
+        self.rows = slice(None)  # of the batch that are computed now
         places: list[nn.Module] = [model.model.embed_tokens] if share else []
         for layer in model.model.layers if share else ():
             places += [layer.self_attn, layer.mlp]
@@ -66,7 +67,7 @@ class Dropout:
         def apply(module: nn.Module, _: Any, out: Any) -> Any:
             if not module.training:
                 return out
-            kept: Tensor = self._mask[..., begin:end]
+            kept: Tensor = self._mask[self.rows, :, begin:end]
             if isinstance(out, tuple):
                 return (out[0] * kept, *out[1:])
             return out * kept

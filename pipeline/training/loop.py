@@ -21,6 +21,7 @@ from transformers import LlamaForCausalLM
 from kvsmith.errors import explain
 from kvsmith.pipeline.log import Run
 from kvsmith.pipeline.training.checkpoint import Done, load_checkpoint, save_checkpoint
+from kvsmith.pipeline.training.division import Division
 from kvsmith.pipeline.training.dropout import Dropout
 from kvsmith.pipeline.training.heldout import heldout_loss
 from kvsmith.pipeline.training.plan import Optim
@@ -45,6 +46,7 @@ def fit(
     identity: str,
     loss: Loss | None = None,
     before_step: Callable[[int], None] = lambda _: None,
+    division: Division | None = None,
 ) -> Done:
     """Train `model` in place from its checkpoint, or from the start, to the last step.
 
@@ -59,6 +61,7 @@ def fit(
         identity: hash of the configuration; a checkpoint of another run is refused.
         loss: of inputs and targets [B, T]; None is cross-entropy.
         before_step: called with the number of each step, from 0.
+        division: among processes, which all call this; None is one process and one piece.
 
     Returns:
         Steps and time over all starts.
@@ -74,7 +77,8 @@ def fit(
         run.say(f"continuing at step {before.steps} of {cfg.steps} from {checkpoint}")
         run.rewind(before.steps)
     clock = _Clock(before)
-    one_step = _Step(model, optimizer, stream, cfg, seed, loss)
+    division = division or Division()
+    one_step = _Step(model, optimizer, stream, cfg, seed, loss, division)
     total, tokens = cfg.steps * cfg.batch_tokens, cfg.batch_tokens
     with _signals() as caught, run.progress(total, "tokens", before.steps * tokens) as progress:
         for done in range(before.steps + 1, cfg.steps + 1):
@@ -85,12 +89,15 @@ def fit(
                     values["heldout_loss"] = heldout_loss(model, heldout[: cfg.eval_windows])
             if done % LOG_STEPS == 0 or "heldout_loss" in values:
                 run.scalars(done, {"tokens": done * tokens, **values})
-            if done % cfg.checkpoint_steps == 0 or done == cfg.steps or caught:
+            stopped = division.any(bool(caught))
+            due = done % cfg.checkpoint_steps == 0 or done == cfg.steps or stopped
+            if due and division.workers.leads:
                 save_checkpoint(checkpoint, model, optimizer, clock.at(done), identity)
             progress.advance(tokens, **{k: v for k, v in values.items() if "loss" in k})
-            if caught:
+            if stopped:
+                division.workers.wait()  # for the checkpoint
                 run.say(f"stopped by a signal after step {done}; the same command continues")
-                raise SystemExit(128 + caught[0])
+                raise SystemExit(128 + (caught or [signal.SIGTERM])[0])
     one_step.dropout.remove()
     return clock.at(cfg.steps)
 
@@ -121,7 +128,11 @@ class _Step:
         cfg: Optim,
         seed: int,
         loss: Loss | None,
+        division: Division,
     ) -> None:
+        for phase in cfg.phases:
+            division.check(cfg.batch_tokens // phase.length, phase.length)
+        self._division = division
         self._model, self._optimizer, self._cfg = model, optimizer, cfg
         self._windows = {
             phase.length: Windows(stream, phase.length, cfg.batch_tokens // phase.length, seed)
@@ -135,14 +146,18 @@ class _Step:
         length, lr = self._cfg.length_at(step), self._cfg.lr_at(step)
         batch = self._windows[length].batch(step).to(self._model.device)
         self.dropout.draw(batch.shape[0], length, step)
-        loss = self._loss(batch[:, :-1], batch[:, 1:])
-        value = loss.item()
+        total = torch.zeros((), device=batch.device)
+        for rows in self._division.rows(len(batch)):
+            self.dropout.rows = rows
+            loss = self._loss(batch[rows, :-1], batch[rows, 1:]) / self._division.parts
+            loss.backward()
+            total += loss.detach()
+        value = self._division.add(total, self._model.parameters())
         if not math.isfinite(value):
             remedy = "Lower pretrain.optim.lr; the last checkpoint is kept."
             raise ValueError(
                 explain("training", f"loss at step {step + 1}", "finite", value, remedy)
             )
-        loss.backward()
         norm = float(nn.utils.clip_grad_norm_(self._model.parameters(), self._cfg.grad_clip))
         for group in self._optimizer.param_groups:
             group["lr"] = lr

@@ -28,6 +28,7 @@ from kvsmith.pipeline.log import LoggerConfig, Run
 from kvsmith.pipeline.model import ModelConfig, model_device
 from kvsmith.pipeline.training.architecture import Architecture, build_model
 from kvsmith.pipeline.training.attention import register
+from kvsmith.pipeline.training.division import Division
 from kvsmith.pipeline.training.loop import fit
 from kvsmith.pipeline.training.plan import Optim, Phase
 from kvsmith.pipeline.training.result import is_finished, write_result
@@ -88,6 +89,7 @@ def pretrain(
     logger: LoggerConfig,
     overwrite: bool,
     owner: tuple[int, ...] | None = None,
+    division: Division | None = None,
 ) -> Path:
     """Train a model and write its folder.
 
@@ -100,6 +102,7 @@ def pretrain(
         logger: where scalars go besides the run's files.
         overwrite: replace a finished model of another configuration.
         owner: for each layer the layer whose keys and values it reads; None is itself.
+        division: of the work among processes, which all call this.
 
     Returns:
         `output`.
@@ -109,12 +112,18 @@ def pretrain(
     """
     shared = {} if owner is None else {"owner": list(owner)}
     identity = config_hash({"pretrain": to_dict(cfg), "data": to_dict(data), **shared})
+    division = division or Division()
+    lead = division.workers.leads
     if is_finished(output, identity, overwrite):
-        Run(None).say(f"{output} is finished (run {identity}); nothing to do")
+        Run(None, quiet=not lead).say(f"{output} is finished (run {identity}); nothing to do")
         return output
     folder = work / f"{model.label}-{identity}"
-    with Run(folder, logger, {"pretrain": to_dict(cfg), "data": to_dict(data)}) as run:
+    config = {"pretrain": to_dict(cfg), "data": to_dict(data)}
+    with division.voice(folder, logger, config) as run:
         run.say(f"run {identity}: metrics and checkpoint in {folder}")
+        if lead:
+            _tokenizer(folder, cfg.arch, data)
+        division.workers.wait()
         tokenizer = _tokenizer(folder, cfg.arch, data)
         stream = token_stream(tokenizer, load_documents(data, "train"))
         heldout = token_blocks(tokenizer, data, "heldout", None, cfg.arch.context)
@@ -126,7 +135,19 @@ def pretrain(
             skip_unread(net, owner)
         run.say(f"{parameters(net):,} parameters, {len(stream):,} training tokens")
         checkpoint = folder / "checkpoint.safetensors"
-        done = fit(net, stream, heldout, cfg.optim, cfg.seed, run, checkpoint, identity)
+        done = fit(
+            net,
+            stream,
+            heldout,
+            cfg.optim,
+            cfg.seed,
+            run,
+            checkpoint,
+            identity,
+            division=division,
+        )
+        if not lead:
+            return output
         record = {
             "identity": identity,
             "pretrain": to_dict(cfg),

@@ -6,6 +6,7 @@ Unfinished runs continue exactly, finished ones are skipped, as in pretraining.
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from kvsmith.pipeline.model import ModelConfig, load_config, load_model
 from kvsmith.pipeline.training.attention import register
 from kvsmith.pipeline.training.convert import Observed, Start, convert, observe
 from kvsmith.pipeline.training.distill import Mix, distillation
+from kvsmith.pipeline.training.division import Division
 from kvsmith.pipeline.training.heldout import heldout_loss
 from kvsmith.pipeline.training.loop import fit
 from kvsmith.pipeline.training.owner_map import Measured, choose_map, measure_ties
@@ -82,6 +84,7 @@ def uptrain(
     work: Path,
     logger: LoggerConfig,
     overwrite: bool,
+    division: Division | None = None,
 ) -> Path:
     """Train and write a model folder.
 
@@ -94,6 +97,7 @@ def uptrain(
         work: folder of unfinished runs.
         logger: where scalars go besides the run's files.
         overwrite: replace a finished model of another configuration.
+        division: of the work among processes, which all call this.
 
     Returns:
         The folder written.
@@ -108,10 +112,12 @@ def uptrain(
     identity = config_hash(config)
     folder = work / f"{model.label}-cla-{identity}"
     output = output or folder / "model"
+    division = division or Division()
+    lead = division.workers.leads
     if is_finished(output, identity, overwrite):
-        Run(None).say(f"{output} is finished (run {identity}); nothing to do")
+        Run(None, quiet=not lead).say(f"{output} is finished (run {identity}); nothing to do")
         return output
-    with Run(folder, logger, config) as run:
+    with division.voice(folder, logger, config) as run:
         run.say(f"run {identity}: metrics and checkpoint in {folder}")
         net, tokenizer = _load(model)
         teacher = _load(model)[0] if cfg.mix.logits or cfg.mix.hidden else None
@@ -125,6 +131,7 @@ def uptrain(
             rows = [(t.reader, t.owner, f"{t.residual:.3f}", f"{t.rise:.4f}") for t in ties]
             run.table("ties", ["reader", "owner", "residual", "rise of the loss"], rows)
             owner = choose_map(ties, layers, cla.owners)
+            owner = tuple(json.loads(division.workers.leaders(json.dumps(owner))))
         record: dict[str, Any] = {"original_loss": heldout_loss(net, heldout)}
         seen = observe(net, windows) if cfg.start == "least_squares" else None
         student = _Student(net, owner, cfg, seen)
@@ -147,7 +154,10 @@ def uptrain(
             identity,
             mixed,
             student.before_step,
+            division,
         )
+        if not lead:
+            return output
         record |= {
             "identity": identity,
             **config,

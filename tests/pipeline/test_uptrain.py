@@ -2,12 +2,18 @@
 
 import copy
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from kvsmith.cla import Groups, Map
@@ -41,6 +47,7 @@ OPTIM = Optim(
     eval_windows=2,
 )
 PAIRS = (0, 0, 2, 2)
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def _ids(rows: int = 4, length: int = 64, seed: int = 0) -> Tensor:
@@ -218,3 +225,89 @@ def test_from_scratch_and_its_report(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert sharing.main([str(tmp_path)]) == 0
     assert "1 of 2 own" in capsys.readouterr().out
     assert sharing.main([str(text.parent / "nothing")]) == 1
+
+
+SETTINGS = [
+    "uptrain.optim.tokens=512",
+    "uptrain.optim.batch_tokens=128",
+    "uptrain.optim.phases=[{share: 1.0, length: 32}]",
+    "uptrain.optim.warmup_steps=1",
+    "uptrain.optim.precision=float32",
+    "uptrain.optim.checkpoint_steps=1",
+    "uptrain.optim.eval_windows=2",
+    "uptrain.fit_windows=4",
+    "cla=factor2",
+]
+
+
+def _given(place: Path, work: str) -> list[str]:
+    text = ["data=textfile", f"data.path={place}/text.txt"]
+    return [f"model.path={place}/model", *text, *SETTINGS, f"work={place}/{work}"]
+
+
+def _command(place: Path, work: str) -> list[str]:
+    return [str(ROOT / "train.py"), *_given(place, work), f"hydra.run.dir={place}/hydra"]
+
+
+def _weights(place: Path, work: str) -> dict[str, Tensor]:
+    (folder,) = (place / work).glob("*/model")
+    return load_file(folder / "model.safetensors")
+
+
+def test_processes_and_pieces_take_the_steps_of_one(place: Path) -> None:
+    run(load(TrainConfig, "train", _given(place, "one")), place / "hydra")
+    run(load(TrainConfig, "train", [*_given(place, "pieces"), "pieces=2"]), place / "h")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    command = [*launch, "--master_port", "29617", *_command(place, "two")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("wrote") == 1  # one of the two speaks
+    one = _weights(place, "one")
+    for other in ("pieces", "two"):
+        for name, weight in _weights(place, other).items():
+            # Sums of another order, through 4 steps of Adam; then weights are rounded to bfloat16,
+            # whose steps are 2^-8 of a value.
+            torch.testing.assert_close(weight, one[name], rtol=2**-7, atol=1e-4)
+
+
+def test_killed_by_the_system_a_run_ends_in_the_same_bytes(place: Path) -> None:
+    (place / "hydra").mkdir()
+    quick = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *_command(place, "killed"), "uptrain.optim.tokens=4096"]
+    process = subprocess.Popen(command, env=quick, stdout=subprocess.DEVNULL)
+    while not list((place / "killed").glob("*/checkpoint.safetensors")):
+        time.sleep(0.002)
+        assert process.poll() is None
+    process.kill()  # SIGKILL
+    assert process.wait() == -signal.SIGKILL
+    assert not list((place / "killed").glob("*/model"))
+    for work in ("killed", "whole"):
+        cfg = [*_given(place, work), "uptrain.optim.tokens=4096"]
+        run(load(TrainConfig, "train", cfg), place / "hydra")
+    (killed,), (whole,) = ((place / work).glob("*/model") for work in ("killed", "whole"))
+    for name in ("model.safetensors", "training_log.jsonl"):
+        assert (killed / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_batches_that_cannot_be_divided_are_one_line(place: Path) -> None:
+    cfg = load(TrainConfig, "train", [*_given(place, "w"), "pieces=3"])
+    with pytest.raises(ValueError, match="a multiple of 1 processes x 3 pieces, got 4"):
+        run(cfg, place / "h")
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ([], r"cla=factor2; or less=h2o_budget512"),
+        (["cla=factor2", "less=h2o_budget512"], "left out with cla"),
+        (["experiment=cla_pretrain", "less=h2o_budget512"], "left out with experiment"),
+        (["cla=factor2", "dry_run=true"], "dry_run"),
+        (["experiment=cla_pretrain", "cla=measured"], "known before training"),
+        (["experiment=cla_pretrain", "cla=map", "cla.owner=[0,2,2,2,4,4]"], "earlier layer"),
+    ],
+)
+def test_choices_that_clash_are_one_line(tmp_path: Path, given: list[str], words: str) -> None:
+    with pytest.raises(ValueError, match=words) as error:
+        run(load(TrainConfig, "train", given), tmp_path)
+    assert "\n" not in str(error.value)
