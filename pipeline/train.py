@@ -14,7 +14,7 @@ from kvsmith.pipeline.data import DataConfig, PydocsData
 from kvsmith.pipeline.less.options import EvictionChoice, LessTraining
 from kvsmith.pipeline.less.run import predict, train_less
 from kvsmith.pipeline.log import LoggerConfig, Run
-from kvsmith.pipeline.model import ModelConfig, model_device
+from kvsmith.pipeline.model import ModelConfig
 from kvsmith.pipeline.training.division import Division
 from kvsmith.pipeline.training.owner_map import Measured
 from kvsmith.pipeline.training.pretrain import Pretrain, pretrain
@@ -90,7 +90,7 @@ def run(cfg: TrainConfig, folder: Path) -> None:
         listed = ", ".join(f"experiment={name}" for name in names)
         expected = f"chosen: {listed}; or cla=factor2; or less=h2o_budget512"
         raise ValueError(explain("train", "experiment", expected, "none"))
-    division = Division(start_workers(model_device(cfg.model)), cfg.pieces)
+    division = Division(start_workers(cfg.model), cfg.pieces)
     folder = Path(division.workers.leaders(str(folder)))
     if cfg.pretrain is not None:
         _pretrain(cfg, cfg.pretrain, folder, division)
