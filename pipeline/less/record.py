@@ -18,10 +18,10 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from kvsmith.attention import Mask, Scores, attend_dense
+from kvsmith.errors import explain
 from kvsmith.eviction.attention import attend_there, rotate_tokens
 from kvsmith.eviction.store import EvictingStore
 from kvsmith.eviction.tokens import Tokens
-from kvsmith.errors import explain
 from kvsmith.geometry import ModelGeometry
 from kvsmith.hf.answer import answering, mask_of
 from kvsmith.hf.dense import one_of_each_group, unrotate

@@ -69,6 +69,10 @@ def train_less(
     model, tokenizer = load_model(model_cfg)
     model.requires_grad_(False)
     spec = cache_spec(codec, choice, model.config)
+    shape = geometry(model.config)
+    if cfg.joint_steps and len(shape.owners) < len(shape.layers):
+        expected = "0 for a model whose layers share"
+        raise ValueError(explain("less.joint_steps", "value", expected, cfg.joint_steps))
     tokens, held = texts(cfg, data, model, tokenizer)
     source = describe(cfg, model_cfg, data, model, spec, tokens, held)
     name = digest(source)[:8]
