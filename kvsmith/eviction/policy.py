@@ -10,7 +10,8 @@ included: sinks, then slots that tokens compete for, then the newest.
     h2o      most attention since they were written H2O, arXiv:2306.14048
     tova     most attention from the newest query   TOVA, arXiv:2401.06104
 
-Differs: H2O sums over the query heads of a KV head, so that each KV head keeps its own tokens, and
+Differs: H2O sums over the query heads of a KV head, so that each KV head keeps its own tokens; a
+sum favours tokens that have been there for long, so `aging` divides it by a power of the age.
 TOVA's mean over heads is that of the whole layer. Tokens leave in blocks, as they are encoded.
 """
 
@@ -22,6 +23,7 @@ from typing import ClassVar, Literal
 import torch
 
 from kvsmith.errors import explain
+from kvsmith.strict import added_later
 
 
 @dataclass(frozen=True)
@@ -73,17 +75,21 @@ class H2O:
         budget: tokens a layer holds at most, the new one included.
         recent: newest tokens that stay whatever their score; None is half of the budget.
         sinks: first tokens of a sequence that always stay.
+        aging: scores count over age ** aging; 0 as published, 1 for attention a step.
     """
 
     kind: Literal["h2o"] = field(default="h2o", kw_only=True)
     budget: int
     recent: int | None = None
     sinks: int = 0
+    aging: float = added_later(0.0)
     scored: ClassVar[bool] = True
     last_query: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         _check(self.budget, self.sinks, self.protected)
+        if not 0 <= self.aging <= 1:
+            raise ValueError(explain("eviction.aging", "exponent", "in [0, 1]", self.aging))
 
     @property
     def protected(self) -> int:
@@ -115,6 +121,8 @@ class H2O:
         Returns:
             [B, H, C] float32; tokens with the highest stay, +inf for those that must.
         """
+        if self.aging:
+            scores = scores / (age + 1).float() ** self.aging
         return _protect(scores, (place < self.sinks) | (age < self.protected))
 
 

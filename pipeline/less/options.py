@@ -30,6 +30,7 @@ class H2OChoice:
     budget: Budget
     recent: int | None = None
     sinks: int = 0
+    aging: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def resolve(choice: EvictionChoice, context: int | None) -> Eviction:
     if isinstance(choice, LambdaChoice):
         return Lambda(budget, sinks=choice.sinks)
     if isinstance(choice, H2OChoice):
-        return H2O(budget, recent=choice.recent, sinks=choice.sinks)
+        return H2O(budget, choice.recent, choice.sinks, choice.aging)
     return TOVA(budget)
 
 

@@ -10,7 +10,9 @@ from kvsmith.strict import to_dict
 CODEC = CodecSpec(TensorCodec(Identity()), TensorCodec(Identity()))
 
 
-@pytest.mark.parametrize("policy", [Lambda(512), H2O(512, recent=100), TOVA(60), KeepAll()])
+@pytest.mark.parametrize(
+    "policy", [Lambda(512), H2O(512, recent=100), H2O(512, aging=0.5), TOVA(60), KeepAll()]
+)
 def test_round_trip_through_plain_data(policy):
     spec = CacheSpec(CODEC, policy)
     assert CacheSpec.parse(to_dict(spec)) == spec
@@ -27,6 +29,7 @@ def test_round_trip_through_plain_data(policy):
             lambda: H2O(8, recent=6, sinks=2),
             r"eviction\.budget: token count must be at least sinks \+ recent \+ 1 = 9, got 8",
         ),
+        (lambda: H2O(40, aging=2.0), r"eviction\.aging: exponent must be in \[0, 1\], got 2\.0"),
         (lambda: Lambda(2), r"eviction\.budget: .* = 5, got 2"),
         (lambda: TOVA(-1), r"eviction\.budget: token count must be at least 0, got -1"),
         (

@@ -30,8 +30,19 @@ POLICIES = {
     "lambda-no-sinks": Lambda(40, sinks=0),
     "h2o": H2O(40, recent=12),
     "h2o-sinks": H2O(40, recent=0, sinks=2),
+    "h2o-aging": H2O(40, recent=8, aging=0.7),
     "tova": TOVA(40),
 }
+
+
+def rules(policy):
+    """A policy as the oracle takes it."""
+    return {
+        "kind": policy.kind,
+        "sinks": policy.sinks,
+        "protected": policy.protected,
+        "aging": getattr(policy, "aging", 0.0),
+    }
 
 
 def make(policy, codec=IDENTITY, sinks=2, recent=4, block=4, parameters=None):
@@ -77,10 +88,9 @@ def test_each_policy_is_its_formula(name, steps):
     store, spec = make(policy)
     folded = []
     got = feed(store, q, k, v, steps, lambda gone: folded.append(gone.columns))
-    rules = {"kind": policy.kind, "sinks": policy.sinks, "protected": policy.protected}
     slots = slot_tokens(spec.codec, policy.budget)
     want, heads = simulate(
-        *(x[0].double() for x in (q, k, v)), rules, 2, 40 - 2 - slots, slots, 4, steps, 0.3
+        *(x[0].double() for x in (q, k, v)), rules(policy), 2, 40 - 2 - slots, slots, 4, steps, 0.3
     )
     # Float32 softmax over at most 90 logits of size 5.
     torch.testing.assert_close(got[0].double(), want, rtol=0, atol=1e-5)

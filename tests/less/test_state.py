@@ -22,7 +22,7 @@ from kvsmith.spec import (
     Uniform,
     slot_tokens,
 )
-from tests.eviction.test_store import POLICIES, feed, make, tensors
+from tests.eviction.test_store import POLICIES, feed, make, rules, tensors
 from tests.oracles.less import simulate
 from tests.runtime.models import build, run
 
@@ -69,10 +69,9 @@ def test_recurrent_form_is_the_sum_over_absent_tokens(kind, name, steps):
     store.state = state
     got = feed(store, q, k, v, steps, lambda g: state.fold(g.k, g.v, g.columns >= 0))
     slots = slot_tokens(spec.codec, policy.budget)
-    rules = {"kind": policy.kind, "sinks": policy.sinks, "protected": policy.protected}
     exact = [x[0].double() for x in (q, k, v)]
     maps = published(MAPS[kind], own)
-    want, heads = simulate(*exact, rules, 2, 38 - slots, slots, 4, steps, 0.3, maps)
+    want, heads = simulate(*exact, rules(policy), 2, 38 - slots, slots, 4, steps, 0.3, maps)
     torch.testing.assert_close(got[0].double(), want, rtol=0, atol=1e-5)
     for h, head in enumerate(heads):
         psi = torch.stack([maps[1](h, exact[1][h, i]) for i in head.folded])

@@ -26,7 +26,8 @@ def simulate(q, k, v, policy, sinks, room, slots, block, steps, scale, features=
 
     Args:
         q: [Hq, T, D]; k, v: [H, T, D] float64.
-        policy: "lambda", "h2o" or "tova", with attributes in a dict: kind, sinks, protected.
+        policy: "lambda", "h2o" or "tova", with attributes in a dict: kind, sinks, protected,
+            and for h2o aging.
         sinks, room, slots, block: windows in tokens.
         steps: sizes of the steps.
         features: (phi, psi), query head or KV head and x [D] -> [R] positive; None for no state.
@@ -86,7 +87,9 @@ def _settle(head, new, length, policy, sinks, room, slots, block):
     def worth(i):
         if i < policy["sinks"] or length - 1 - i < policy["protected"]:
             return float("inf")
-        return i if policy["kind"] == "lambda" else head.score[i]
+        if policy["kind"] == "lambda":
+            return i
+        return head.score[i] / (length - i) ** policy.get("aging", 0.0)
 
     pool = head.middle + leaving
     best = sorted(pool, key=lambda i: (-worth(i), pool.index(i)))[:slots]
