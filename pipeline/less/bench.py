@@ -1,7 +1,7 @@
 """What a state costs in decoding: time of a token, and the state's share of it.
 
-    python -m kvsmith.pipeline.less.bench [--less h2o_pct5 lambda_pct5] [--model tiny] [--rows 1]
-        [--prompt 512] [--tokens 64] [--repeats 3]
+    python -m kvsmith.pipeline.less.bench [--less h2o_pct5 lambda_pct5] [--rows 1] [--prompt 512]
+        [--tokens 64] [--repeats 3] [--override model=tiny ...]
 
 One token at a time through `make_cache`, after a prompt that fills the budget. Features are random:
 time does not depend on them. Times are the process's, so that other processes do not count, and the
@@ -94,7 +94,7 @@ def random_features(model: PreTrainedModel, spec: CacheSpec) -> dict[str, Tensor
 def measure(asked: argparse.Namespace, log: Run) -> list[tuple[str, ...]]:
     """One row a cache."""
     names = list(asked.less)
-    configs = {n: load(TrainConfig, "train", (f"model={asked.model}", f"less={n}")) for n in names}
+    configs = {n: load(TrainConfig, "train", (f"less={n}", *asked.override)) for n in names}
     model, _ = load_model(configs[names[0]].model)
     caches: dict[str, Callable[[], Cache]] = {
         "full precision": lambda: DynamicCache(config=model.config)
@@ -134,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and show."""
     parser = argparse.ArgumentParser(description="What a state costs in decoding.")
     parser.add_argument("--less", nargs="+", default=["h2o_pct5", "lambda_pct5"])
-    parser.add_argument("--model", default="tiny")
+    parser.add_argument("--override", nargs="+", default=[], metavar="NAME=VALUE")
     for name, value in (("rows", 1), ("prompt", 512), ("tokens", 64), ("repeats", 3)):
         parser.add_argument(f"--{name}", type=int, default=value)
     asked = parser.parse_args(arguments)
