@@ -128,8 +128,12 @@ def run(cfg: EvaluateConfig, folder: Path) -> list[Row]:
             short.
     """
     if cfg.debug.smoke:
-        few = replace(cfg.measure.questions, count=2, new_tokens=16)
-        small = replace(SMOKE, questions=few)
+        m = cfg.measure
+        small = replace(
+            SMOKE,
+            questions=replace(m.questions, count=2, new_tokens=16),
+            summaries=replace(m.summaries, count=2, new_tokens=16),
+        )
         cfg = replace(cfg, measure=small, baselines=cfg.baselines[:1])
     with Run(folder, cfg.logger, cfg) as log:
         model, tokenizer = load_model(cfg.model)
@@ -177,7 +181,8 @@ def report(
     log.say(title)
     for made in table.tables(rows):
         log.table(*made)
-    found = [*table.comparisons(rows), *table.answered(rows), *recoveries(rows)]
+    found = [*table.comparisons(rows), *table.answered(rows), *table.summarised(rows)]
+    found += recoveries(rows)
     for line in (*lines, *found):
         log.say(line)
     log.record("results", list(table.flat(rows[0])), [list(table.flat(r).values()) for r in rows])
@@ -236,6 +241,7 @@ def protocol(
         f"{len(o.recall.depths)} at once in the longest; {o.recall.cue_tokens} tokens given, "
         f"{r.tokens} to copy.",
         *_exam(cfg, found),
+        *_task(cfg, found),
         f"Bytes and speed: one row of {s.length} tokens; median of {s.repeats} x {s.timed_tokens} "
         f"tokens, one at a time, {torch.get_num_threads()} threads.",
     ]
@@ -249,6 +255,17 @@ def _exam(cfg: EvaluateConfig, found: Measurement) -> list[str]:
         f"Answers: {found.answers.questions} questions of {Path(q.path).name} (seed "
         f"{cfg.measure.seed}), {q.shots} examples, {q.new_tokens} tokens, greedy, exact match of "
         "the final answer; full precision answers the same questions."
+    ]
+
+
+def _task(cfg: EvaluateConfig, found: Measurement) -> list[str]:
+    t = cfg.measure.summaries
+    if found.rouge is None or t.path is None:
+        return []
+    return [
+        f"Summaries: {found.rouge.documents} documents of {Path(t.path).name} (seed "
+        f"{cfg.measure.seed}), {t.shots} examples, at most {t.new_tokens} tokens, greedy; F1 "
+        "scores of ROUGE over lower-case words, without stemming."
     ]
 
 

@@ -19,6 +19,7 @@ from kvsmith.pipeline.evaluation.greedy import generate
 from kvsmith.pipeline.evaluation.options import Options, Sizes
 from kvsmith.pipeline.evaluation.planted import Keys, Planted, plant, words_of
 from kvsmith.pipeline.evaluation.questions import Exam, read_exam
+from kvsmith.pipeline.evaluation.summaries import Task, read_task
 from kvsmith.pipeline.stage import digest
 
 # Predictions of full precision are kept up to this size, and computed for each candidate beyond.
@@ -35,6 +36,7 @@ class Material:
         together: texts with a string at every depth.
         tokenizer: of the model.
         exam: questions; None where none are asked.
+        task: documents to summarise; None for none.
     """
 
     windows: Tensor
@@ -42,6 +44,7 @@ class Material:
     together: Planted
     tokenizer: PreTrainedTokenizerBase
     exam: Exam | None = None
+    task: Task | None = None
 
     def to(self, device: torch.device) -> Material:
         """The same tokens on `device`."""
@@ -57,7 +60,11 @@ class Material:
             hashlib.sha256(t.cpu().numpy().tobytes()).hexdigest()
             for t in (self.windows, *texts, *exam)
         ]
-        return [*found, digest([] if self.exam is None else list(self.exam.answers))]
+        texts_of: list[object] = [[] if self.exam is None else list(self.exam.answers)]
+        if self.task is not None:
+            prompts = [p.tolist() for p in self.task.prompts]
+            texts_of += [list(self.task.references), prompts]
+        return [*found, *map(digest, texts_of)]
 
 
 def read_material(
@@ -67,7 +74,7 @@ def read_material(
     tokenizer: PreTrainedTokenizerBase,
     context: int,
 ) -> Material:
-    """Held-out windows, the same windows with strings planted in them, and questions.
+    """Held-out windows, the same windows with strings planted in them, questions and documents.
 
     Args:
         options, size: what is measured.
@@ -76,9 +83,9 @@ def read_material(
         context: positions of the model.
 
     Raises:
-        FileNotFoundError: there is no file of questions.
+        FileNotFoundError: there is no file of questions or documents.
         ValueError: the held-out text is too short, there are fewer windows than prompts or texts,
-            or the questions do not fit the context.
+            or questions or documents do not fit the context.
     """
     o = options
     count = None if isinstance(o.windows.count, str) else o.windows.count
@@ -99,7 +106,11 @@ def read_material(
     if q.path is not None:
         path = input_path(q.path)
         exam = read_exam(path, tokenizer, q.count, q.shots, q.new_tokens, context, o.seed)
-    return Material(windows, planted, together, tokenizer, exam)
+    task, t = None, o.summaries
+    if t.path is not None:
+        path = input_path(t.path)
+        task = read_task(path, tokenizer, t.count, t.shots, t.new_tokens, context, o.seed)
+    return Material(windows, planted, together, tokenizer, exam, task)
 
 
 @dataclass(frozen=True)

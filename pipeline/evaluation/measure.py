@@ -29,15 +29,16 @@ from kvsmith.pipeline.evaluation.material import Control, Forced, Material
 from kvsmith.pipeline.evaluation.options import Options, Sizes
 from kvsmith.pipeline.evaluation.questions import Answers, answer
 from kvsmith.pipeline.evaluation.recall import Recall, recall
+from kvsmith.pipeline.evaluation.summaries import Rouge, summarise_all
 from kvsmith.pipeline.log import Run
 from kvsmith.pipeline.model import input_device
 from kvsmith.pipeline.stage import digest, read_json, write_json
 from kvsmith.sizes import cache_bytes
 from kvsmith.spec import CacheSpec
-from kvsmith.strict import from_dict, to_dict
+from kvsmith.strict import added_later, from_dict, to_dict
 
 LONG = 32 * 1024
-PARTS = 6  # measurements beside the batches of windows
+PARTS = 7  # measurements beside the batches of windows
 VERSION = 3  # raised when the same candidate gives other figures
 
 
@@ -50,6 +51,7 @@ class Measurement:
         together: recall of several strings in one text.
         answers: of questions; None where none were asked.
         long_bits: all-in bits an element at LONG tokens with dense tokens in bfloat16, computed.
+        rouge: of summaries; None where none were asked for.
     """
 
     footprint: Footprint
@@ -60,6 +62,7 @@ class Measurement:
     together: Recall
     answers: Answers | None
     long_bits: float
+    rouge: Rouge | None = added_later(None)
 
 
 class Measuring:
@@ -140,6 +143,9 @@ class Measuring:
         exam = material.exam
         answers = None if exam is None else answer(model, new_cache, exam, material.tokenizer)
         advance()
+        task = material.task
+        rouge = None if task is None else summarise_all(model, new_cache, task, material.tokenizer)
+        advance()
         return Measurement(
             footprint=size,
             fidelity=fidelity,
@@ -149,6 +155,7 @@ class Measuring:
             together=together,
             answers=answers,
             long_bits=long_bits(candidate.spec, shape),
+            rouge=rouge,
         )
 
     def _losses(

@@ -116,6 +116,28 @@ class QuestionOptions:
 
 
 @dataclass(frozen=True)
+class SummaryOptions:
+    """Summaries, scored by ROUGE; see `summaries`.
+
+    Args:
+        path: JSON lines with `document` and `summary`; None writes none.
+        count: documents.
+        shots: first lines of the file, shown as examples.
+        new_tokens: tokens generated for a summary.
+    """
+
+    path: str | None = None
+    count: int = 50
+    shots: int = 1
+    new_tokens: int = 64
+
+    def __post_init__(self) -> None:
+        _positive("summaries", count=self.count, new_tokens=self.new_tokens)
+        if self.shots < 0:
+            raise ValueError(explain("summaries.shots", "value", "at least 0", self.shots))
+
+
+@dataclass(frozen=True)
 class SpeedOptions:
     """Decoding speed of one row at the window's length.
 
@@ -136,8 +158,8 @@ class Options:
     """All measurements of one candidate.
 
     Args:
-        windows, greedy, recall, speed, questions: see there.
-        seed: chooses windows, planted strings and questions.
+        windows, greedy, recall, speed, questions, summaries: see there.
+        seed: chooses windows, planted strings, questions and documents.
     """
 
     windows: WindowOptions = field(default_factory=WindowOptions)
@@ -145,6 +167,7 @@ class Options:
     recall: RecallOptions = field(default_factory=RecallOptions)
     speed: SpeedOptions = field(default_factory=SpeedOptions)
     questions: QuestionOptions = field(default_factory=QuestionOptions)
+    summaries: SummaryOptions = field(default_factory=SummaryOptions)
     seed: int = 0
 
 

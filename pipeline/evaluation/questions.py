@@ -8,7 +8,6 @@ cache, ends where the next question would begin, and is right if its final answe
 
 from __future__ import annotations
 
-import json
 import random
 import re
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 from kvsmith.errors import explain
 from kvsmith.pipeline.evaluation.fidelity import spread
 from kvsmith.pipeline.evaluation.greedy import generate
+from kvsmith.pipeline.evaluation.lines import read_lines
 
 ASK, SAY = "Question: ", "\nAnswer:"
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
@@ -82,7 +82,7 @@ def read_exam(
         FileNotFoundError, ValueError: no such file, a line that is not a question, too few of
             them, or prompts beyond the model's context.
     """
-    lines = _read(path)
+    lines = read_lines(path, "questions.path", ("question", "answer"))
     if len(lines) <= shots:
         expected = f"more than questions.shots = {shots}"
         raise ValueError(explain(str(path), "questions", expected, len(lines)))
@@ -98,25 +98,6 @@ def read_exam(
         got = f"{longest} with {shots} examples"
         raise ValueError(explain("questions", "tokens", expected, got, remedy))
     return Exam(prompts, tuple(final(a) for _, a in asked), new_tokens)
-
-
-def _read(path: Path) -> list[tuple[str, str]]:
-    if not path.is_file():
-        raise FileNotFoundError(explain("questions.path", "file", "of JSON lines", repr(str(path))))
-    found = []
-    for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        where, expected = f"{path}: line {number}", "an object with texts 'question' and 'answer'"
-        try:
-            data = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(explain(where, "content", expected, "no JSON")) from error
-        texts = [data.get(k) if isinstance(data, dict) else None for k in ("question", "answer")]
-        if not all(isinstance(t, str) and t for t in texts):
-            raise ValueError(explain(where, "content", expected, "another"))
-        found.append((str(texts[0]), str(texts[1])))
-    return found
 
 
 def final(answer: str) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from kvsmith.errors import explain
+from kvsmith.pipeline.evaluation import summaries
 from kvsmith.pipeline.evaluation.candidate import Candidate
 from kvsmith.pipeline.evaluation.fidelity import paired
 from kvsmith.pipeline.evaluation.measure import Measurement
@@ -173,6 +174,10 @@ def flat(row: Row) -> dict[str, object]:
         "together_exact": found.together.exact,
         "answers_exact": None if found.answers is None else found.answers.exact,
         "answers_exact_se": None if found.answers is None else found.answers.exact_se,
+        "rouge1": None if found.rouge is None else found.rouge.rouge1,
+        "rouge2": None if found.rouge is None else found.rouge.rouge2,
+        "rouge_l": None if found.rouge is None else found.rouge.rouge_l,
+        "rouge_l_se": None if found.rouge is None else found.rouge.rouge_l_se,
         "tokens_per_second": size.tokens_per_second,
     }
 
@@ -187,6 +192,19 @@ def answered(rows: Sequence[Row]) -> list[str]:
         f"{row.name}: {compared(row.found.answers.right, full.right)} {asked}."
         for row in rows
         if row.found.answers is not None and row.candidate.role != "full"
+    ]
+
+
+def summarised(rows: Sequence[Row]) -> list[str]:
+    """For each candidate that summarised documents: ROUGE, and the difference from full precision,
+    paired."""
+    full = next((row.found.rouge for row in rows if row.candidate.role == "full"), None)
+    if full is None:
+        return []
+    return [
+        f"{row.name}: {summaries.compared(row.found.rouge, full)} on {full.documents} documents."
+        for row in rows
+        if row.found.rouge is not None
     ]
 
 
