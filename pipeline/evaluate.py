@@ -6,6 +6,8 @@ Everything is measured through the cache that `model.generate` would use; nothin
 from __future__ import annotations
 
 import importlib.util
+import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,6 +20,7 @@ from kvsmith.errors import explain
 from kvsmith.hf import geometry
 from kvsmith.layout import check_geometry
 from kvsmith.pipeline.calibration import weights_hash
+from kvsmith.pipeline.calibration.predict import Quiet
 from kvsmith.pipeline.codecs import load_codec
 from kvsmith.pipeline.config import DebugConfig, output_path
 from kvsmith.pipeline.data import DataConfig, data_name
@@ -28,7 +31,7 @@ from kvsmith.pipeline.evaluation.find import (
     codec_candidate,
     shown,
 )
-from kvsmith.pipeline.evaluation.material import read_material
+from kvsmith.pipeline.evaluation.material import Material, read_material
 from kvsmith.pipeline.evaluation.measure import Measurement, Measuring
 from kvsmith.pipeline.evaluation.options import (
     GreedyOptions,
@@ -39,6 +42,7 @@ from kvsmith.pipeline.evaluation.options import (
     WindowOptions,
     sizes,
 )
+from kvsmith.pipeline.evaluation.predict import predict, sample
 from kvsmith.pipeline.evaluation.recovery import controls, recoveries
 from kvsmith.pipeline.log import LoggerConfig, NoLogger, Run
 from kvsmith.pipeline.model import ModelConfig, input_device, load_model, model_context
@@ -75,6 +79,7 @@ class EvaluateConfig:
         baselines: names of `conf/codec` that need no calibration.
         measure: what is measured.
         results: folder of finished measurements, which are not done again.
+        dry_run: take one window the whole way, predict time, memory and disk, and keep nothing.
         logger: where else figures go.
         debug: `debug=smoke` measures on toy sizes, with one baseline.
     """
@@ -89,6 +94,7 @@ class EvaluateConfig:
     baselines: tuple[str, ...] = ()
     measure: Options = field(default_factory=Options)
     results: str = "runs/evaluate/results"
+    dry_run: bool = False
     logger: LoggerConfig = field(default_factory=NoLogger)
     debug: DebugConfig = field(default_factory=DebugConfig)
 
@@ -120,7 +126,7 @@ def run(cfg: EvaluateConfig, folder: Path) -> list[Row]:
         folder: this run's own folder.
 
     Returns:
-        One row a candidate, by all-in bits, the largest first.
+        One row a candidate, by all-in bits, the largest first; none from a dry run.
 
     Raises:
         FileNotFoundError: no bundle is found.
@@ -136,16 +142,61 @@ def run(cfg: EvaluateConfig, folder: Path) -> list[Row]:
         )
         cfg = replace(cfg, measure=small, baselines=cfg.baselines[:1])
     with Run(folder, cfg.logger, cfg) as log:
+        began = time.monotonic()
         model, tokenizer = load_model(cfg.model)
         candidates = [FULL, *gather(cfg, model, log)]
         context = model_context(model.config)
         size = sizes(cfg.measure, context)
         material = read_material(cfg.measure, cfg.data, size, tokenizer, context)
+        if cfg.dry_run:
+            loading = time.monotonic() - began
+            rehearse(cfg, candidates, model, material, loading, folder, log)
+            return []
         material = material.to(input_device(model))
         measure = Measuring(model, material, cfg.measure, size, output_path(cfg.results), log)
         rows = table.ordered(candidates, measure(candidates))
         report(cfg, rows, size, model, folder, log)
         return rows
+
+
+def rehearse(
+    cfg: EvaluateConfig,
+    candidates: Sequence[Candidate],
+    model: PreTrainedModel,
+    whole: Material,
+    loading: float,
+    folder: Path,
+    log: Run,
+) -> None:
+    """Predict what the evaluation would take; leaves the prediction in `folder`."""
+    context = model_context(model.config)
+    few = replace(cfg, measure=sample(cfg.measure))
+    size = sizes(few.measure, context)
+    part = read_material(few.measure, cfg.data, size, whole.tokenizer, context)
+    quiet = Quiet("evaluate")
+    with tempfile.TemporaryDirectory() as kept:
+        place = Path(kept)
+        measure = Measuring(
+            model, part.to(input_device(model)), few.measure, size, place / "results", quiet
+        )
+        began = time.monotonic()
+        found = measure(candidates)
+        ended = time.monotonic()
+        report(few, table.ordered(candidates, found), size, model, place, quiet)
+        loading += time.monotonic() - ended
+        vocabulary = model.config.get_text_config(decoder=True).vocab_size
+        windows, times = len(whole.windows), quiet.times
+        made = predict(cfg.measure, size, windows, found, times, began, vocabulary, place)
+    made = replace(made, seconds=made.seconds + loading)
+    prints = [m.footprint for m in found]
+    rows = [
+        (c.name, f"{p.nbytes:,}", f"{p.bits_per_element:.2f}", f"{p.tokens_per_second:.1f}")
+        for c, p in zip(candidates, prints, strict=True)
+    ]
+    columns = ("cache", "bytes", "bits", "tokens/s")
+    log.table(f"One row of {size.length:,} tokens", columns, rows, "prediction")
+    write_json(folder / "prediction.json", made)
+    log.say(str(made))
 
 
 def gather(cfg: EvaluateConfig, model: PreTrainedModel, log: Run) -> list[Candidate]:

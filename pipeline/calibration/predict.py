@@ -53,18 +53,22 @@ class Prediction:
 
 
 class Quiet(Run):
-    """Says nothing and notes when the units of the pass were done."""
+    """Says nothing and notes when the units of one loop were done.
 
-    def __init__(self) -> None:
-        super().__init__(None)
-        self.times: list[float] = []
+    Args:
+        label: of the loop.
+    """
+
+    def __init__(self, label: str) -> None:
+        super().__init__(None, quiet=True)
+        self.label, self.times = label, list[float]()
 
     def say(self, text: str) -> None:
         pass
 
     @contextmanager
     def progress(self, total: int, label: str, start: int = 0) -> Iterator[Progress]:
-        yield Clock(self.times if label == "collect" else [])
+        yield Clock(self.times if label == self.label else [])
 
 
 @dataclass
@@ -96,7 +100,7 @@ def predict(
     Returns:
         The prediction; nothing is left on disk.
     """
-    log, began = Quiet(), time.monotonic()
+    log, began = Quiet("collect"), time.monotonic()
     with tempfile.TemporaryDirectory() as place:
         one(Path(place), log)
         seconds = time.monotonic() - began

@@ -9,8 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from kvsmith.pipeline.calibrate import CalibrateConfig, run
 from kvsmith.pipeline.config import load
+from kvsmith.pipeline.evaluate import EvaluateConfig
+from kvsmith.pipeline.evaluate import run as evaluate
+from kvsmith.pipeline.evaluation.options import Options, RecallOptions, WindowOptions
+from kvsmith.pipeline.evaluation.predict import factors, sample
 from kvsmith.pipeline.log import peak_memory
 from tests.micro_model import write_model, write_text
 
@@ -38,3 +44,39 @@ def test_a_dry_run_predicts_the_run_and_keeps_nothing(
     assert 1 / FACTOR < predicted["seconds"] / seconds < FACTOR
     assert 1 / MEMORY < predicted["memory"] / peak_memory() < MEMORY
     assert predicted["disk_peak"] > predicted["disk"]
+
+
+def test_an_evaluation_is_predicted_and_nothing_is_kept(
+    tmp_path: Path, micro_llama: Callable[..., Any], capsys: Any
+) -> None:
+    write_model(tmp_path / "micro", micro_llama)
+    write_text(tmp_path / "text.txt", 20_000)
+    given = [f"model.path={tmp_path}/micro", "data=textfile", f"data.path={tmp_path}/text.txt"]
+    given += ["bundle=none", "baselines=[int4_token]", f"results={tmp_path}/results"]
+    sizes = ["windows.count=8", "windows.length=128", "windows.batch=4", "greedy.prompts=4"]
+    sizes += ["greedy.prompt_tokens=32", "greedy.new_tokens=32", "recall.texts=4"]
+    sizes += ["recall.key_tokens=12", "recall.cue_tokens=4", "speed.tokens=4"]
+    cfg = load(EvaluateConfig, "evaluate", [*given, *(f"measure.{s}" for s in sizes)])
+    assert evaluate(replace(cfg, dry_run=True), tmp_path / "dry") == []
+    said = capsys.readouterr().out
+    assert "predicted: 0:" in said and "int4_token" in said
+    assert not (tmp_path / "results").exists() and len(list((tmp_path / "dry").iterdir())) <= 4
+    predicted = json.loads((tmp_path / "dry" / "prediction.json").read_text())
+    began = time.monotonic()
+    evaluate(cfg, tmp_path / "log")
+    seconds = time.monotonic() - began
+    # Rows side by side cost less than one after the other.
+    assert 1 / FACTOR < predicted["seconds"] / seconds < 2 * FACTOR
+    assert 1 / MEMORY < predicted["memory"] / peak_memory() < MEMORY
+    assert predicted["disk"] > 1000
+    short = replace(cfg, measure=replace(cfg.measure, windows=WindowOptions(10**6, 128)))
+    with pytest.raises(ValueError, match="at least 128000000 tokens"):
+        evaluate(replace(short, dry_run=True), tmp_path / "dry")
+
+
+def test_what_the_sample_leaves_out_is_multiplied() -> None:
+    whole = Options(recall=RecallOptions(texts=3, depths=(0.1, 0.5, 0.9)))
+    assert factors(whole, 16) == (1.0, 16.0, 64.0, 64.0, 4.5, 3.0, 1.0)
+    few = sample(whole)
+    assert (few.windows.count, few.greedy.new_tokens, few.speed.repeats) == (1, 16, 1)
+    assert factors(few, 1) == (1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
