@@ -12,6 +12,26 @@ from kvsmith.sizes import bits_per_element
 from kvsmith.spec import Identity, StaticThreshold, TensorCodec
 
 LENGTHS = {"1K": 2**10, "32K": 2**15, "1M": 2**20}
+# What evaluate.py measured and the card shows; the manifest holds all of it.
+SHORT = {
+    "footprint.length": "tokens of a row, for the two sizes",
+    "footprint.nbytes": "bytes of its cache, everything counted",
+    "footprint.bits_per_element": "bits per element",
+    "fidelity.tokens": "held-out tokens scored",
+    "fidelity.perplexity": "perplexity",
+    "fidelity.delta": "its change against full precision (0.01 is one percent)",
+    "fidelity.delta_se": "standard error of that",
+    "fidelity.kld": "KL divergence from full precision, nats a token",
+    "fidelity.kld_se": "standard error of that",
+    "fidelity.top1": "share of tokens with the same most likely one",
+    "agreement.length": "greedy tokens until the first difference",
+    "agreement.new_tokens": "of so many",
+    "drift.kld": "KL divergence along full precision's own continuation",
+    "recall.gain": "recall of a planted string, nats a token",
+    "together.gain": "recall of several in one text",
+    "answers.exact": "share of questions answered exactly",
+    "answers.questions": "questions",
+}
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -134,7 +154,12 @@ def _calibration(manifest: Manifest) -> list[str]:
 def _quality(manifest: Manifest) -> list[str]:
     if not manifest.quality:
         return []
-    rows = [f"| {_code(name)} | {value:.6g} |" for name, value in sorted(manifest.quality.items())]
+    short = {n: words for n, words in SHORT.items() if n in manifest.quality}
+    if short:
+        rows = [f"| {words} | {manifest.quality[n]:.4g} |" for n, words in short.items()]
+    else:
+        quality = sorted(manifest.quality.items())
+        rows = [f"| {_code(name)} | {value:.6g} |" for name, value in quality]
     return ["| measured | value |", "|---|---|", *rows, ""]
 
 

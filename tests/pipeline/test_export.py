@@ -129,6 +129,8 @@ def test_measured_quality_goes_into_manifest_and_card(place: Path, tmp_path: Pat
     exported(place, "codec=kvquant_nuq3_o1", f"quality={tmp_path}/results.json")
     quality = kvsmith.load(path).manifest.quality
     assert quality == {"fidelity.perplexity": 2.5, "fidelity.n": 3.0}
+    card = kvsmith.load(path).card
+    assert "| perplexity | 2.5 |" in card and "fidelity.n" not in card  # the short form
     exported(place, "codec=kvquant_nuq3_o1")
     assert contents(path) == plain
 
