@@ -11,12 +11,14 @@ from kvsmith.eviction.policy import KeepAll
 from kvsmith.geometry import LayerGeometry
 from kvsmith.layout import evicting_layers
 from kvsmith.less.spec import less_tensors
+from kvsmith.pipeline.less.joint import PART
 from kvsmith.pipeline.less.options import LessTraining
 from kvsmith.planner import ModelFacts
 from kvsmith.spec import CacheSpec
 
 FLOPS = 2e14  # of a GPU with 16-bit weights, a fifth to a half of its peak
 LAUNCHES = 1e-3  # seconds of one eviction step of one layer, which waits on launches
+JOINT_PASSES = 4  # full, compressed, and two backwards, in forward passes
 STEP_ROWS = 6  # multiply-adds forward and backward of a product, times 2
 
 
@@ -41,7 +43,9 @@ def estimate(facts: ModelFacts, spec: CacheSpec, cfg: LessTraining, length: int)
     numbers = sum(_numbers(g, cfg) for g in layers)
     owners = [facts.geometry.joined(i) for i in facts.geometry.owners]
     seen = max(_activations(g, cfg.batch_size * length) for g in owners)
-    seconds = forward / FLOPS + replay + fit / FLOPS
+    joint = cfg.joint_steps * JOINT_PASSES * forward / batches
+    again = cfg.joint_steps * -(-cfg.batch_size // PART) * events * len(layers) * LAUNCHES
+    seconds = forward / FLOPS + replay + fit / FLOPS + joint / FLOPS + again
     return [
         f"{facts.name}: {tokens:,} tokens once ({cfg.samples} sequences of {length}), "
         f"{len(layers)} layers at once.",
@@ -51,6 +55,8 @@ def estimate(facts: ModelFacts, spec: CacheSpec, cfg: LessTraining, length: int)
         f"{1e3 * LAUNCHES:.0f} ms each (assumed).",
         f"training: {batches * cfg.steps} steps a layer, {fit:.1e} operations: "
         f"{fit / FLOPS:.0f} s.",
+        f"all layers at once: {cfg.joint_steps} steps, {joint:.1e} operations: "
+        f"{joint / FLOPS + again:.0f} s with their eviction.",
         f"in all about {seconds / 60:.0f} minutes on one GPU; processes share all but the reading.",
         f"features: {numbers:,} numbers, {100 * numbers / facts.weights:.3f} % of the weights; "
         f"{12 * numbers / 2**20:.0f} MiB with Adam's moments.",

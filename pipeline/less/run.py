@@ -16,10 +16,10 @@ from kvsmith.bundle import expected_tensors
 from kvsmith.errors import explain
 from kvsmith.eviction.policy import KeepAll
 from kvsmith.hf.geometry import geometry
-from kvsmith.hf.shapes import model_facts
+from kvsmith.hf.shapes import SHAPES, model_facts, shape_config
 from kvsmith.layout import check_geometry, evicting_layers
 from kvsmith.pipeline.calibration import describe_model, find_calibration, parameters_for
-from kvsmith.pipeline.config import output_path
+from kvsmith.pipeline.config import input_path, output_path
 from kvsmith.pipeline.data import DataConfig, data_name, token_blocks, tokens_hash
 from kvsmith.pipeline.less.estimate import estimate
 from kvsmith.pipeline.less.joint import Joint
@@ -103,8 +103,12 @@ def train_less(
 def predict(
     cfg: LessTraining, model_cfg: ModelConfig, codec: CodecSpec, choice: EvictionChoice
 ) -> list[str]:
-    """What a training would take, by arithmetic; nothing is loaded. Raises as `cache_spec`."""
-    config = load_config(model_cfg)
+    """What a training would take, by arithmetic; nothing is loaded. Raises as `cache_spec`.
+
+    Models of the hub that are known by name need no network.
+    """
+    known = model_cfg.label in SHAPES and not input_path(model_cfg.path).is_dir()
+    config = shape_config(model_cfg.label) if known else load_config(model_cfg)
     spec = cache_spec(codec, choice, config)
     context = context_of(config)
     length = cfg.length or min(context or LONGEST, LONGEST)

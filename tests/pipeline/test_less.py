@@ -337,8 +337,8 @@ def test_a_dry_run_does_the_arithmetic(capsys: pytest.CaptureFixture[str]) -> No
     said = estimate(facts, spec, LessTraining(samples=512), 4096)
     minutes = int(next(x for x in said if "minutes" in x).split("about ")[1].split()[0])
     assert 5 < minutes < 60
-    assert "0.03" in said[5]  # percent
-    assert "12.6 GiB of 16-bit weights" in said[6]
+    assert "0 steps" in said[4] and "0.03" in said[6]  # percent
+    assert "12.6 GiB of 16-bit weights" in said[7]
 
 
 def test_budgets_as_shares() -> None:
