@@ -63,9 +63,14 @@ def attend_there(
     mask: Mask,
     rotate: Rotate,
     scores: Scores,
+    whole: torch.Tensor | None = None,
 ) -> tuple[Partial, torch.Tensor | None]:
     """Attention over the tokens that are there, without the state; arguments and mass as in
     `attend_kept`.
+
+    Args:
+        whole: [B, Hq, T] lse of the queries over all tokens ever; mass is then the attention of a
+            model that evicts nothing, as H2O's published code scores. None in decoding.
     """
     old, policy, T = store.kept(), store.policy, q.shape[2]
     keys, values = k, v
@@ -92,7 +97,8 @@ def attend_there(
             part = part.merge(sink_partial(scores.sink, part))
         if mass is not None and (rows.stop == T or not policy.last_query):
             only = slice(-1, None) if policy.last_query else slice(None)
-            mass[:, :, : held + stop] += _mass(some, seen_keys, part.lse, seen, scores, only)
+            lse = part.lse if whole is None else whole[:, :, rows]
+            mass[:, :, : held + stop] += _mass(some, seen_keys, lse, seen, scores, only)
         parts.append(part)
     return Partial(torch.cat([p.out for p in parts], 2), torch.cat([p.lse for p in parts], 2)), mass
 

@@ -210,12 +210,14 @@ class Replay:
 
 
 @torch.no_grad()
-def replay(layer: Layer, store: EvictingStore) -> Replay | None:
+def replay(layer: Layer, store: EvictingStore, whole: Tensor | None = None) -> Replay | None:
     """Let a store evict as decoding token by token would.
 
     Args:
         layer: activations.
         store: empty, for a layer of this shape; its state is not asked.
+        whole: [B, Hq, T] lse of full attention, for scores as in H2O's published code; None for
+            those of decoding.
 
     Returns:
         None where the sequences are too short for a block of queries that misses a token.
@@ -239,7 +241,8 @@ def replay(layer: Layer, store: EvictingStore) -> Replay | None:
         rope = None if layer.rope is None else (layer.rope[0][:, span], layer.rope[1][:, span])
         new = (layer.q[:, :, span], layer.turn(k, rope), layer.v[:, :, span])
         mask = _causal(done, size, k) if layer.bias is None else _Later(layer.bias, done)
-        part, mass = attend_there(*new, store, mask, rotate, layer.scores)
+        seen = None if whole is None else whole[:, :, span]
+        part, mass = attend_there(*new, store, mask, rotate, layer.scores, seen)
         store.settle(mass, gone.append)
         parts.append(part)
         done += size

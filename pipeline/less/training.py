@@ -158,7 +158,7 @@ class Training:
             if seen.index not in self.own:
                 return
             trainer, gone = self.trainers[seen.index], self.replay(seen, self.policy(1.0))
-            error[seen.index].append(_error(seen, gone, trainer.weight))
+            error[seen.index].append(attention_error(seen, gone, trainer.weight))
             for rank, shares in left[seen.index].items():
                 assert trainer.map is not None
                 found = relative_error(trainer.map, rank, seen, gone, trainer.weight, Pick())
@@ -260,7 +260,8 @@ def _check_gain(left: dict[int, dict[int, float]]) -> None:
 
 
 @torch.no_grad()
-def _error(seen: Layer, gone: Replay, weight: Tensor) -> float:
+def attention_error(seen: Layer, gone: Replay, weight: Tensor) -> float:
+    """Mean square of what eviction alone loses, after the output projection."""
     span = slice(gone.first, gone.first + gone.k.shape[2])
     missing = gone.kept.out - seen.out[:, :, span].float()
     return float(projected(missing, weight))
