@@ -107,6 +107,7 @@ def plan(
     *,
     batch: int = 1,
     factor: int = 1,
+    devices: int = 1,
 ) -> Plan:
     """What fits on a device, and what a decoding step costs there at least; see `kvsmith.planner`.
 
@@ -119,6 +120,7 @@ def plan(
             preset.
         batch: rows.
         factor: layers that share one owner's tokens (cross-layer attention); 1 as the model is.
+        devices: equal ones that layers are spread over, as `device_map="auto"` does.
 
     Returns:
         The plan; `plan[codec]` is one cache of it. A context beyond the model's positions is a
@@ -132,7 +134,8 @@ def plan(
     from kvsmith.planner import Load, make_plan
     from kvsmith.units import parse_count
 
-    where, load = device_by_name(device), Load(parse_count(context, "context"), batch)
+    where = device_by_name(device)
+    load = Load(parse_count(context, "context"), batch, devices=devices)
     facts = model_facts(*find_config(model))
     if not isinstance(codecs, Mapping):
         from kvsmith.pipeline.codecs import presets

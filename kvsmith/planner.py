@@ -23,6 +23,7 @@ from kvsmith.geometry import LayerGeometry, ModelGeometry
 from kvsmith.layout import check_geometry
 from kvsmith.sizes import CacheBytes, cache_bytes
 from kvsmith.spec import CacheSpec
+from kvsmith.spread import part_of, spec_of, spread
 
 RESERVE = 0.06  # share of a device: driver, allocator, fragments
 PREFILL = 2048  # tokens of a prompt that go through the model at once
@@ -66,6 +67,7 @@ class Load:
         dtype: of weights, activations and dense tokens.
         prefill: tokens of a prompt that go through the model at once.
         reserve: share of the device's memory that is left alone, in [0, 1).
+        devices: equal ones that layers are spread over, in order.
     """
 
     context: int
@@ -73,9 +75,10 @@ class Load:
     dtype: torch.dtype = torch.bfloat16
     prefill: int = PREFILL
     reserve: float = RESERVE
+    devices: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("context", "batch", "prefill"):
+        for name in ("context", "batch", "prefill", "devices"):
             if getattr(self, name) < 1:
                 raise ValueError(explain(name, "value", "positive", getattr(self, name)))
         if not 0 <= self.reserve < 1:
@@ -98,6 +101,7 @@ class Option:
         longest: tokens a row may have with this batch, 0 where not even one fits.
         rows: rows that fit at the context.
         fits: whether what was asked for fits.
+        fullest: bytes of weights, activations and cache on the device that has most of them.
     """
 
     codec: str
@@ -110,17 +114,19 @@ class Option:
     longest: int
     rows: int
     fits: bool
+    fullest: int
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A model on a device.
+    """A model on a device, or on several.
 
     Attributes:
         model, device, load: what was asked.
         factor: layers that share one owner's tokens; 1 as the model is.
-        weights, activations, reserve: bytes.
-        room: bytes left for the cache; negative where the weights alone do not fit.
+        weights: bytes, of all devices.
+        activations, reserve: bytes, of each device.
+        room: bytes left for the cache on all devices; negative where the weights alone do not fit.
         options: one a codec, in the order given.
         notes: what a reader must know, a sentence each.
     """
@@ -168,9 +174,10 @@ def make_plan(
         Plan.
 
     Raises:
-        ValueError: a factor that the layers cannot share by.
+        ValueError: a factor that the layers cannot share by, or more devices than they fill.
     """
     model = replace(model, geometry=share(model.geometry, factor))
+    spread(model.geometry, load.devices)
     weights = model.weights * load.dtype.itemsize
     used = activations(model, load, load.batch)
     reserve = int(load.reserve * device.memory)
@@ -183,7 +190,7 @@ def make_plan(
             notes.append(f"{name} is left out: {error}")
             continue
         options.append(_option(name, spec, model, device, load))
-    room = device.memory - weights - used - reserve
+    room = load.devices * (device.memory - used - reserve) - weights
     return Plan(
         model, device, load, factor, weights, used, reserve, room, tuple(options), tuple(notes)
     )
@@ -223,14 +230,17 @@ def activations(model: ModelFacts, load: Load, batch: int) -> int:
 
 def _option(name: str, spec: CacheSpec, model: ModelFacts, device: Device, load: Load) -> Option:
     shape, memory = model.geometry, device.memory - int(load.reserve * device.memory)
-    weights = model.weights * load.dtype.itemsize
+    devices = parts(model, spec, load)
 
     def size(batch: int, tokens: int) -> int:
         return held(model, spec, batch, tokens, load.dtype).total
 
-    def fits(batch: int, tokens: int) -> bool:
+    def most(batch: int, tokens: int) -> int:
         used = activations(model, replace(load, context=tokens), batch)
-        return size(batch, tokens) + weights + used <= memory
+        return used + max(p.nbytes(batch, tokens) for p in devices)
+
+    def fits(batch: int, tokens: int) -> bool:
+        return most(batch, tokens) <= memory
 
     cache = size(load.batch, load.context)
     read_by = replace(model, geometry=readers(shape))
@@ -252,7 +262,50 @@ def _option(name: str, spec: CacheSpec, model: ModelFacts, device: Device, load:
         longest=_largest(lambda tokens: fits(load.batch, tokens)),
         rows=_largest(lambda batch: fits(batch, load.context)),
         fits=fits(load.batch, load.context),
+        fullest=most(load.batch, load.context),
     )
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one of several devices holds.
+
+    Attributes:
+        model: its layers alone.
+        spec: their cache.
+        weights: bytes.
+        dtype: of dense tokens.
+        first: whether position ids lie here.
+    """
+
+    model: ModelFacts
+    spec: CacheSpec
+    weights: int
+    dtype: torch.dtype
+    first: bool
+
+    def nbytes(self, batch: int, tokens: int) -> int:
+        """Bytes of weights and cache."""
+        cache = held(self.model, self.spec, batch, tokens, self.dtype)
+        return self.weights + cache.total - (0 if self.first else cache.positions)
+
+
+def parts(model: ModelFacts, spec: CacheSpec, load: Load) -> tuple[Part, ...]:
+    """What each device holds, equal ones once: its layers, the first the embedding and position
+    ids too, the last the logits' matrix (if that is the embedding, a copy).
+    """
+    if load.devices == 1:
+        return (Part(model, spec, model.weights * load.dtype.itemsize, load.dtype, True),)
+    shape, table = model.geometry, model.hidden * model.vocab
+    blocks = (model.weights - (model.weights - model.read) - table) / len(shape.layers)
+    found: dict[Part, None] = {}
+    for layers in spread(shape, load.devices):
+        first, last = layers.start == 0, layers.stop == len(shape.layers)
+        weights = blocks * len(layers) + table * (first + last)
+        facts = replace(model, geometry=part_of(shape, layers))
+        size = round(weights) * load.dtype.itemsize
+        found[Part(facts, spec_of(spec, layers), size, load.dtype, first)] = None
+    return tuple(found)
 
 
 def held(
@@ -293,6 +346,11 @@ def _notes(model: ModelFacts, load: Load, factor: int) -> list[str]:
         notes.append(
             f"Layers share by {factor} only in a model trained or converted for it; memory falls, "
             "the bytes read in a step do not."
+        )
+    if load.devices > 1:
+        notes.append(
+            "A step passes the devices one after another: more of them hold more, and decode no "
+            "faster."
         )
     if model.fixed:
         notes.append(f"{model.fixed} layers keep a state of fixed size, which is not counted.")

@@ -41,6 +41,7 @@ class PlanConfig:
     Args:
         model: a shape by its name, a folder or a hub name; only its configuration is read.
         device: accelerator by name.
+        devices: equal ones that layers are spread over.
         context: tokens of a row, "200k", "1M".
         batch: rows.
         codecs: names of `conf/codec`; None is all.
@@ -53,6 +54,7 @@ class PlanConfig:
 
     model: ModelConfig
     device: str = "h200"
+    devices: int = 1
     context: int | str = "128k"
     batch: int = 1
     codecs: tuple[str, ...] | None = None
@@ -91,7 +93,7 @@ def plan_of(cfg: PlanConfig) -> Plan:
     device, codecs = device_by_name(cfg.device), presets(cfg.codecs)
     dtype = DTYPES.get(cfg.model.dtype, torch.bfloat16)
     context = parse_count(cfg.context, "context")
-    load = Load(context, cfg.batch, dtype, cfg.prefill, cfg.reserve)
+    load = Load(context, cfg.batch, dtype, cfg.prefill, cfg.reserve, cfg.devices)
     facts = model_facts(cfg.model.label, model_config(cfg.model))
     return make_plan(facts, device, load, codecs, cfg.factor)
 
@@ -107,16 +109,24 @@ def heading(plan: Plan) -> list[str]:
     """The model, the device and where its memory goes."""
     d, m, load = plan.device, plan.model, plan.load
     rows = f"{load.batch} row{'s' * (load.batch > 1)} of {load.context:,} tokens"
+    each = f", on each of {load.devices}" if load.devices > 1 else ""
     parts = (
         f"weights {show_bytes(plan.weights)}",
-        f"activations {show_bytes(plan.activations)} (estimate)",
-        f"reserve {show_bytes(plan.reserve)}",
+        f"activations {show_bytes(plan.activations)} (estimate{each})",
+        f"reserve {show_bytes(plan.reserve)}{each}",
         f"left for the cache {show_bytes(plan.room)}" if plan.room > 0 else "nothing left",
     )
     return [
-        f"{m.name} ({m.weights / 1e9:.3g}B parameters) on {d.name}: {rows}",
-        f"{show_bytes(d.memory)} at {d.bandwidth / 1e9:,.0f} GB/s: {', '.join(parts)}",
+        f"{m.name} ({m.weights / 1e9:.3g}B parameters) on {named(plan)}: {rows}",
+        f"{show_bytes(load.devices * d.memory)} at {d.bandwidth / 1e9:,.0f} GB/s: "
+        f"{', '.join(parts)}",
     ]
+
+
+def named(plan: Plan) -> str:
+    """The device, or how many of it."""
+    count = plan.load.devices
+    return plan.device.name if count == 1 else f"{count} x {plan.device.name}"
 
 
 def by_size(options: Sequence[Option]) -> list[Option]:
@@ -151,12 +161,14 @@ def verdicts(plan: Plan) -> list[str]:
 def _verdict(plan: Plan, option: Option) -> str:
     load = plan.load
     rows = f"{load.batch} x " if load.batch > 1 else ""
-    total = plan.weights + plan.activations + plan.reserve + option.cache
+    total, devices = option.fullest + plan.reserve, load.devices
+    where = f"one {plan.device.name}" if devices == 1 else named(plan)
+    of = f"{show_bytes(total)} of {show_bytes(plan.device.memory)}"
+    of = of if devices == 1 else f"the fullest holds {of}"
     state = "fit" if option.fits else "do not fit"
     rate = load.batch / option.seconds
     return (
-        f"{option.codec}: {rows}{load.context:,} tokens {state} one {plan.device.name} "
-        f"({show_bytes(total)} of {show_bytes(plan.device.memory)}, longest "
+        f"{option.codec}: {rows}{load.context:,} tokens {state} {where} ({of}, longest "
         f"{show_count(option.longest)}); a step moves {show_bytes(option.read)} of cache and "
         f"{show_bytes(plan.model.read * load.dtype.itemsize)} of weights: at least "
         f"{1e3 * option.seconds:.1f} ms, at most {rate:.1f} tokens/s."
@@ -172,6 +184,7 @@ def plain(plan: Plan) -> dict[str, Any]:
         "parameters": plan.model.weights,
         "positions": plan.model.positions,
         "device": vars(plan.device),
+        "devices": plan.load.devices,
         "context": plan.load.context,
         "batch": plan.load.batch,
         "dtype": str(plan.load.dtype).removeprefix("torch."),

@@ -27,18 +27,19 @@ def plot_plan(plan: Plan, path: Path) -> None:
     longest = max((o.longest for o in plan.options), default=0)
     right = 3 * max(longest, plan.load.context, 4 * LEAST)
     contexts = [LEAST * (right / LEAST) ** (i / (POINTS - 1)) for i in range(POINTS)]
-    base = plan.weights + plan.activations + plan.reserve
+    count = plan.load.devices
+    base, memory = plan.weights + count * (plan.activations + plan.reserve), _memory(plan)
     for i, (names, option) in enumerate(lines):
         sizes = [base + _cache(plan, option, int(t)) for t in contexts]
         colour = pyplot().get_cmap("viridis")(0.92 * i / max(len(lines) - 1, 1))
         dash = "-" if any(n.startswith("nuq") for n in names) else "--"
         ax.plot(contexts, sizes, dash, color=colour, linewidth=1.6, label=_label(names, option))
         if option.longest > LEAST:
-            ax.plot([option.longest], [plan.device.memory], "o", color=colour, markersize=5)
+            ax.plot([option.longest], [memory], "o", color=colour, markersize=5)
     _device(ax, plan, contexts[0], base)
     ax.axvline(plan.load.context, color=INK, linewidth=0.8, linestyle=":")
     ax.set(xscale="log", yscale="log", xlim=(contexts[0], right))
-    ax.set_ylim(base / 1.6, 6 * plan.device.memory)
+    ax.set_ylim(base / 1.6, 6 * memory)
     ticker = pyplot().matplotlib.ticker
     ax.yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
     ax.xaxis.set_major_formatter(ticker.FuncFormatter(lambda v, _: show_count(round(v))))
@@ -52,7 +53,7 @@ def plot_plan(plan: Plan, path: Path) -> None:
     frame(ax)
     ax.legend(frameon=False, fontsize=8.5, loc="center left", bbox_to_anchor=(1.01, 0.5))
     shared = f", {plan.factor} layers share" if plan.factor > 1 else ""
-    save(fig, path, f"{plan.model.name} on one {plan.device.name}{shared}")
+    save(fig, path, f"{plan.model.name} on {_devices(plan)}{shared}")
 
 
 def merged(options: Sequence[Option]) -> list[tuple[list[str], Option]]:
@@ -77,8 +78,17 @@ def _label(names: list[str], option: Option) -> str:
 
 
 def _device(ax: Any, plan: Plan, left: float, base: int) -> None:
-    memory = plan.device.memory
+    memory = _memory(plan)
     ax.axhspan(base / 1.6, memory, color="#009E73", alpha=0.07, linewidth=0)
     ax.axhline(memory, color=INK, linewidth=1.3)
-    text = f" fits here: below the {show_bytes(memory)} of one {plan.device.name}"
+    text = f" fits here: below the {show_bytes(memory)} of {_devices(plan)}"
     ax.text(left, memory, text, va="bottom", ha="left", fontsize=9.5, color=INK)
+
+
+def _memory(plan: Plan) -> int:
+    return plan.load.devices * plan.device.memory
+
+
+def _devices(plan: Plan) -> str:
+    count = plan.load.devices
+    return f"{'one' if count == 1 else f'{count} x'} {plan.device.name}"

@@ -10,6 +10,8 @@ import torch
 
 from kvsmith.eviction.policy import H2O, Eviction, KeepAll, Lambda
 from kvsmith.hf import make_cache, share
+from kvsmith.hf.shapes import model_facts
+from kvsmith.planner import Load, parts
 from kvsmith.spec import CacheSpec, CodecSpec, TensorCodec, TopK, Uniform
 from tests.placed import Devices, Placed, spread
 
@@ -55,6 +57,20 @@ def test_layers_keep_their_tokens_on_their_own_device(
     assert isinstance(found, Placed)
     torch.testing.assert_close(found.inner, wanted, rtol=0, atol=1e-4)
     assert spread_bytes == nbytes
+    facts = model_facts("micro", model.config)
+    load = Load(48, batch=2, dtype=torch.float32, devices=2)
+    planned = [p.nbytes(2, 48) - p.weights for p in parts(facts, spec, load)]
+    held = [
+        sum(
+            t.nbytes
+            for i, store in cache.stores.items()
+            if devices[i].index == d
+            for _, t in store.tensors()
+        )
+        for d in (0, 1)
+    ]
+    held[0] += cache.positions.nbytes
+    assert held == planned or padded, "a plan's rows have one length"
     for layer, store in cache.stores.items():
         kinds = {t.device for _, t in store.tensors()}
         assert kinds == {devices[layer]}, f"layer {layer} on {kinds}"

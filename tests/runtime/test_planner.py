@@ -9,8 +9,9 @@ from kvsmith.devices import DEVICES, device_by_name
 from kvsmith.geometry import LayerGeometry, ModelGeometry
 from kvsmith.hf import make_cache
 from kvsmith.hf.shapes import SHAPES, find_config, model_facts, shape_config
-from kvsmith.planner import Load, held, make_plan, share
+from kvsmith.planner import Load, held, make_plan, parts, share
 from kvsmith.spec import NUQ, CacheSpec, CodecSpec, Identity, TensorCodec, TopK, Uniform
+from kvsmith.spread import part_of, spread
 from kvsmith.units import parse_bytes, parse_count, show_bytes, show_count
 from tests.runtime.models import build, run
 
@@ -100,6 +101,42 @@ def test_ten_million_tokens_in_one_h200():
     assert any("positions" in note for note in plan.notes)
     alone = model_facts("llama3-8b", shape_config("llama3-8b"))
     assert not make_plan(alone, plan.device, plan.load, codecs)["nuq2"].fits
+
+
+def test_ten_million_tokens_over_eight_devices():
+    facts = model_facts("llama3.1-8b", shape_config("llama3.1-8b"))
+    spec = CacheSpec(CodecSpec(*[TensorCodec(NUQ(bits=4, table="nf"), TopK(0.01))] * 2))
+    load = Load(10_000_000, devices=8)
+    plan = make_plan(facts, DEVICES["h100"], load, {"nuq4": spec})
+    found = plan["nuq4"]
+    assert found.fits and not make_plan(facts, DEVICES["h100"], Load(10**7), {"x": spec})["x"].fits
+    # 4 of 32 layers on each; the first and the last hold a table of 128256 x 4096 too.
+    alone = [p.nbytes(1, 10**7) for p in parts(facts, spec, load)]
+    assert len(alone) == 3, "the first, the last, and those between are alike"
+    table = 2 * 128256 * 4096
+    assert alone[2] - alone[1] == pytest.approx(table, abs=4)
+    assert alone[0] - alone[1] == table + 4 * 10**7, "position ids, and as many pages as tokens"
+    total = alone[0] + 6 * alone[1] + alone[2]
+    assert total == pytest.approx(2 * facts.weights + found.cache, rel=1e-9)
+    assert found.fullest == alone[0] + plan.activations
+    assert found.seconds == make_plan(facts, DEVICES["h100"], Load(10**7), {"x": spec})["x"].seconds
+    assert (
+        plan.room == 8 * (DEVICES["h100"].memory - plan.activations - plan.reserve) - plan.weights
+    )
+    again = make_plan(facts, DEVICES["h100"], Load(found.longest, devices=8), {"x": spec})["x"]
+    assert again.fits and again.longest == found.longest
+
+
+def test_layers_are_spread_evenly_and_readers_stay_with_their_owners():
+    one = LayerGeometry(2, 4, 8, 8)
+    shape = ModelGeometry((one,) * 6)
+    assert spread(shape, 4) == (range(0, 1), range(1, 3), range(3, 4), range(4, 6))
+    assert spread(shape, 6) == tuple(range(i, i + 1) for i in range(6))
+    paired = ModelGeometry((one,) * 6, (0, 0, 2, 2, 2, 5))
+    assert spread(paired, 3) == (range(0, 2), range(2, 5), range(5, 6))
+    assert part_of(paired, range(2, 5)).owner == (0, 0, 0)
+    with pytest.raises(ValueError, match="devices: value must be between 1 and 3, since"):
+        spread(paired, 4)
 
 
 def test_what_is_said_to_fit_fits_and_one_more_does_not():
