@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from kvsmith.errors import explain
 from kvsmith.geometry import ModelGeometry
 from kvsmith.layout import outlier_slots
 from kvsmith.sizes import cache_bytes
-from kvsmith.spec import CacheSpec, CodecSpec, Identity, LayerCodec, TensorCodec
+from kvsmith.spec import CacheSpec, CodecSpec, Identity, LayerCodec, LowRank, TensorCodec
 
 SIDES = ("k", "v")
 Parameters = Mapping[str, Tensor]
@@ -51,15 +52,20 @@ class Levels:
 
 
 def levels(
-    template: CodecSpec, bits: Sequence[int], fractions: Sequence[float], shape: ModelGeometry
+    template: CodecSpec,
+    bits: Sequence[int],
+    fractions: Sequence[float],
+    shape: ModelGeometry,
+    ranks: Sequence[int] = (0,),
 ) -> Levels:
-    """Every width with every share of outliers that gives another number of slots.
+    """Every width with every share of outliers that gives another number of slots, and every rank.
 
     Args:
         template: kind of quantizers and outliers, and the windows.
         bits: code widths.
         fractions: shares of outliers.
         shape: the model.
+        ranks: of the low-rank term; 0 is none.
 
     Raises:
         ValueError: the template quantizes nothing, or has layers of its own.
@@ -68,31 +74,33 @@ def levels(
         expected = "a codec that quantizes keys and values of all layers alike"
         raise ValueError(explain("fit.template", "codec", expected, "another"))
     names, codecs, seen = [], [], set()
-    for width in sorted(bits):
-        for fraction in sorted(fractions):
-            k, v = (_vary(c, width, fraction) for c in (template.k, template.v))
-            slots = tuple(
-                tuple(
-                    outlier_slots(c, g.kv_heads, dim, template.block_size)
-                    for c, dim in ((k, g.k_dim), (v, g.v_dim))
-                )
-                for g in (shape.layers[i] for i in shape.owners)
+    for width, fraction, rank in product(sorted(bits), sorted(fractions), sorted(ranks)):
+        k, v = (_vary(c, width, fraction, rank) for c in (template.k, template.v))
+        slots = tuple(
+            tuple(
+                outlier_slots(c, g.kv_heads, dim, template.block_size)
+                for c, dim in ((k, g.k_dim), (v, g.v_dim))
             )
-            if (width, slots) not in seen:
-                seen.add((width, slots))
-                names.append(
-                    f"{width}b" if not any(map(any, slots)) else f"{width}b {fraction:.1%}"
-                )
-                codecs.append(replace(template, k=k, v=v))
+            for g in (shape.layers[i] for i in shape.owners)
+        )
+        if (width, slots, rank) not in seen:
+            seen.add((width, slots, rank))
+            share = f" {fraction:.1%}" if any(map(any, slots)) else ""
+            names.append(f"{width}b{share}" + (f" r{rank}" if rank else ""))
+            codecs.append(replace(template, k=k, v=v))
     return Levels(tuple(names), tuple(codecs))
 
 
-def _vary(codec: TensorCodec, bits: int, fraction: float) -> TensorCodec:
+def _vary(codec: TensorCodec, bits: int, fraction: float, rank: int) -> TensorCodec:
     assert not isinstance(codec.quantizer, Identity)
+    term = None
+    if rank:
+        term = replace(codec.low_rank or LowRank(bits=4), rank=rank, prompt_rank=None)
     outliers = None
     if fraction and codec.outliers is not None:
         outliers = replace(codec.outliers, fraction=fraction)
-    return replace(codec, quantizer=replace(codec.quantizer, bits=bits), outliers=outliers)
+    quantizer = replace(codec.quantizer, bits=bits)
+    return replace(codec, quantizer=quantizer, outliers=outliers, low_rank=term)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,8 @@ class BudgetOptions:
         context: tokens at which bytes and all-in bits are counted, dense tokens in bfloat16.
         widths: code widths to choose from.
         fractions: shares of outliers to choose from.
+        ranks: of the low-rank term of what a codec leaves; 0 is none. Its factors are those of the
+            template's term, else of 4 bits.
         template: preset of `conf/codec` whose kind of quantizer, outliers and windows are used.
         windows: calibration windows on which sensitivity is measured.
         length: tokens of a window; None is 512, or the model's context where that is less.
@@ -35,6 +37,7 @@ class BudgetOptions:
     context: int | str = "32Ki"
     widths: tuple[int, ...] = (2, 3, 4)
     fractions: tuple[float, ...] = (0.0, 0.01, 0.02)
+    ranks: tuple[int, ...] = (0,)
     template: str = "nuq4_o1"
     windows: int = 8
     length: int | None = None
@@ -56,12 +59,14 @@ class BudgetOptions:
                 raise ValueError(
                     explain(f"fit.{name}", "value", f"at least {least}", getattr(self, name))
                 )
-        for name in ("widths", "fractions"):
+        for name in ("widths", "fractions", "ranks"):
             found = getattr(self, name)
             if not found or len(set(found)) < len(found):
                 raise ValueError(
                     explain(f"fit.{name}", "value", "a list without repeats", list(found))
                 )
+        if min(self.ranks) < 0:
+            raise ValueError(explain("fit.ranks", "value", "at least 0", list(self.ranks)))
 
     @property
     def tokens(self) -> int:

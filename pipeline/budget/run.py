@@ -64,9 +64,8 @@ def request(
     budget = options.budget(target_bits, shape)
     if budget is None and not curve:
         return None
-    choices = levels(
-        load_codec(options.template, "fit.template"), options.widths, options.fractions, shape
-    )
+    template = load_codec(options.template, "fit.template")
+    choices = levels(template, options.widths, options.fractions, shape, options.ranks)
     where = "fit.bytes" if target_bits is None else "target_bits"
     if budget is not None:
         least = smallest(costs(choices, shape, options.tokens))

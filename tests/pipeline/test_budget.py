@@ -164,6 +164,27 @@ def test_mistakes_are_one_line(options: dict[str, Any], bits: float | None, mess
     assert "\n" not in str(error.value)
 
 
+def test_ranks_are_choices_too(micro_llama: Callable[..., Any]) -> None:
+    wide = levels(load_codec("gear_nuq3"), (2, 3), (0.0,), SHAPE, (0, 2))
+    assert wide.names == ("2b", "2b r2", "3b", "3b r2")
+    terms = [c.k.low_rank for c in wide.codecs]
+    assert terms[0] is None and terms[1] is not None and (terms[1].rank, terms[1].bits) == (2, 4)
+    price = costs(wide, SHAPE, 4096).sides
+    assert bool((price[..., 1] > price[..., 0]).all())
+    model, tokens = micro_llama(head_dim=32), torch.randint(3, 97, (4, 256))
+    options: dict[str, Any] = {"widths": (2,), "fractions": (0.0,), "windows": 2, "length": 256}
+    # Two bits and a term of rank 2 everywhere is the most there is, and fits.
+    bundle = kvsmith.fit(
+        model, tokens, bits=8, context="4k", template="gear_nuq3", ranks=(0, 2), **options
+    )
+    sides = [bundle.spec.codec, *bundle.spec.codec.layers]
+    assert any(side.low_rank for own in sides for side in (own.k, own.v))
+    out = model(tokens[:1], past_key_values=bundle.cache(model)).logits
+    assert bool(out.isfinite().all())
+    with pytest.raises(ValueError, match=r"fit\.ranks: value must be at least 0"):
+        BudgetOptions(ranks=(-1,))
+
+
 def test_nothing_asked_is_nothing_done(micro_llama: Callable[..., Any]) -> None:
     assert request(BudgetOptions(), None, False, SHAPE) is None
     with pytest.raises(ValueError, match="fit: budget must be given as bits= or bytes=, got noth"):

@@ -15,7 +15,7 @@ from kvsmith.pipeline import calibrate, evaluate
 from kvsmith.pipeline.config import load
 from kvsmith.pipeline.evaluate import EvaluateConfig
 from kvsmith.pipeline.report import table
-from kvsmith.pipeline.report.join import join, main
+from kvsmith.pipeline.report.join import join, main, over_seeds, read_budgets
 from tests.micro_model import write_model, write_text
 
 
@@ -92,6 +92,36 @@ def test_equal_names_of_different_caches_are_told_apart(sweep: Path, tmp_path: P
     (found,) = join([sweep / "runs/0", tmp_path])
     names = [row.name for row in found.rows]
     assert sorted(names) == ["full precision", "int4_token", "nuq4_o1", "nuq4_o1 (again)"]
+
+
+def test_runs_of_several_seeds_and_budgets_meet_on_one_page(sweep: Path, tmp_path: Path) -> None:
+    for seed, more in ((0, 0.0), (1, 0.02)):
+        data = json.loads((sweep / "runs/0/results.json").read_text())
+        data["seed"] = data["config"]["measure"]["seed"] = seed
+        data["protocol"][0] += f" seed {seed}"
+        data["rows"][1]["fidelity"]["kld"] = 0.01 + more
+        (tmp_path / str(seed)).mkdir()
+        (tmp_path / str(seed) / "results.json").write_text(json.dumps(data))
+    point = {"name": "2b", "bits": 2.0, "kld_predicted": 0.1, "kld_heldout": [], "picks": [[0, 0]]}
+    budget = {"model": "m", "levels": ["2b"], "layers": [0], "sides": ["k", "v"], "seed": 0}
+    budget |= {"loss": [[[0.1], [0.2]]], "context": 4096}
+    budget |= {"chosen": [point], "curve": [], "uniform": [point]}
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "budget.json").write_text(json.dumps(budget))
+    found = join([tmp_path])
+    ((title, columns, lines),) = over_seeds(found)
+    assert title.endswith("mean +- standard deviation over seeds 0, 1")
+    cells = next(cells for cells in lines if cells[0] == "nuq4_o1")
+    assert cells[columns.index("KLD")] == "2.00e-02" and cells[2] == "2"
+    assert cells[columns.index("KLD") + 1] == "1.41e-02"
+    assert main([str(tmp_path)]) == 0
+    page = (tmp_path / "joined.html").read_text()
+    assert "over seeds 0, 1" in page and "m: bits where they count" in page
+    assert main([str(tmp_path / "b")]) == 0
+    assert "m: bits where they count" in (tmp_path / "b" / "joined.html").read_text()
+    (tmp_path / "b" / "budget.json").write_text("{}")
+    with pytest.raises(ValueError, match="budget.json: file must be what calibrate.py writes"):
+        read_budgets([tmp_path])
 
 
 def test_mistakes_are_one_line(
