@@ -3,6 +3,7 @@ states (`less=...`)."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -90,7 +91,9 @@ def run(cfg: TrainConfig, folder: Path) -> None:
         listed = ", ".join(f"experiment={name}" for name in names)
         expected = f"chosen: {listed}; or cla=factor2; or less=h2o_budget512"
         raise ValueError(explain("train", "experiment", expected, "none"))
-    division = Division(start_workers(cfg.model), cfg.pieces)
+    workers = start_workers(cfg.model)
+    sharded = workers.count > 1 and os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    division = Division(workers, cfg.pieces, sharded)
     folder = Path(division.workers.leaders(str(folder)))
     if cfg.pretrain is not None:
         _pretrain(cfg, cfg.pretrain, folder, division)

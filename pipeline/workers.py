@@ -149,7 +149,9 @@ def start_workers(cfg: ModelConfig) -> Workers:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         with _together():
-            dist.init_process_group("gloo", timeout=PATIENCE)
+            # Gradients on GPUs go through NCCL, everything else through gloo.
+            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=PATIENCE)
     workers = Workers(dist.get_rank(), dist.get_world_size(), device)
     os.environ[LEADER] = workers.leaders(str(os.getpid()))
     return workers

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from kvsmith.errors import explain
+from kvsmith.pipeline.training.sharding import spread, whole
 from kvsmith.strict import from_dict, to_dict
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -40,22 +41,25 @@ class Done:
 
 
 def save_checkpoint(
-    path: Path, model: nn.Module, optimizer: AdamW, done: Done, identity: str
+    path: Path | None, model: nn.Module, optimizer: AdamW, done: Done, identity: str
 ) -> None:
     """Write the checkpoint whole or not at all.
 
     Args:
-        path: target; a file there is replaced in one move.
+        path: target; a file there is replaced in one move. None only takes part in putting together
+            what is spread over processes.
         model, optimizer: their current state.
         done: progress.
         identity: hash of the run's configuration.
     """
     tensors: dict[str, Tensor] = {}
     for name, weight in model.named_parameters():
-        tensors[f"model.{name}"] = weight.detach().contiguous()
+        tensors[f"model.{name}"] = whole(weight.detach()).contiguous()
         for moment in MOMENTS:
             if moment in optimizer.state[weight]:
-                tensors[f"{moment}.{name}"] = optimizer.state[weight][moment]
+                tensors[f"{moment}.{name}"] = whole(optimizer.state[weight][moment])
+    if path is None:
+        return
     header = {"kvsmith": json.dumps({"done": to_dict(done), "identity": identity})}
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     save_file(tensors, temporary, metadata=header)
@@ -102,10 +106,10 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: AdamW, identity: st
 def _restore(file: safe_open, model: nn.Module, optimizer: AdamW, step: int) -> None:
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            weight.copy_(file.get_tensor(f"model.{name}"))
+            weight.copy_(spread(file.get_tensor(f"model.{name}"), weight))
             if not weight.requires_grad:
                 continue
             state = {
-                moment: file.get_tensor(f"{moment}.{name}").to(weight.device) for moment in MOMENTS
+                moment: spread(file.get_tensor(f"{moment}.{name}"), weight) for moment in MOMENTS
             }
             optimizer.state[weight] = {"step": torch.tensor(float(step)), **state}

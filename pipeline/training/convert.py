@@ -1,117 +1,23 @@
 """From a trained model to one whose layers share: what the shared keys and values start from.
 
-For a layer l that reads layer s, the least-squares start fits, for each pair of KV heads,
-
-    v_l ~ v_s M           a matrix, folded into the reader's output projection
-    k_l ~ alpha k_s       a complex number for each rotary pair, alpha = sum conj(k_s) k_l / sum
-                          |k_s|^2; conj(alpha) is folded into the query projection
-
-on keys before RoPE: a scaled rotation commutes with RoPE. Heads are matched by linear assignment on
-the residuals, and query heads move with them. Nothing is added to the model.
+`fits.py` and `joint.py` find how they follow from one another; here that goes into the weights of
+the query and output projections. Nothing is added to the model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from scipy.optimize import linear_sum_assignment
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvsmith.errors import explain
-from kvsmith.hf import observe_kv
+from kvsmith.pipeline.training.fits import Fit, Observed, as_pairs, fit_pair
+from kvsmith.pipeline.training.joint import fit_group
 
-Start = Literal["keep_first", "average", "least_squares"]
-RIDGE = 1e-4  # of the mean diagonal
+Start = Literal["keep_first", "average", "least_squares", "joint"]
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
-
-
-@dataclass(frozen=True)
-class Observed:
-    """Keys before RoPE and values of every layer of the unshared model.
-
-    Attributes:
-        k, v: for each layer [H, N, D] float32.
-    """
-
-    k: tuple[Tensor, ...]
-    v: tuple[Tensor, ...]
-
-
-@dataclass(frozen=True)
-class Fit:
-    """How one layer's keys and values follow from another's.
-
-    Attributes:
-        head: [H] for each KV head of the reader the head of the owner.
-        alpha: [H, D / 2] complex64, for the reader's heads.
-        matrix: [H, D, D] float32, for the reader's heads.
-        residual: relative squared error of keys plus that of values, mean over heads; 0 to 2.
-    """
-
-    head: tuple[int, ...]
-    alpha: Tensor
-    matrix: Tensor
-    residual: float
-
-
-@torch.no_grad()
-def observe(model: PreTrainedModel, tokens: Tensor) -> Observed:
-    """Run [B, T] tokens through an unshared model and keep its keys and values."""
-    seen: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def keep(layer: int, k: Tensor, v: Tensor) -> None:
-        seen[layer] = (
-            k.transpose(0, 1).flatten(1, 2).float(),
-            v.transpose(0, 1).flatten(1, 2).float(),
-        )
-
-    with observe_kv(model, keep):
-        model(input_ids=tokens.to(model.device), use_cache=False)
-    both = [seen[i] for i in sorted(seen)]
-    return Observed(tuple(k for k, _ in both), tuple(v for _, v in both))
-
-
-def fit_pair(seen: Observed, reader: int, owner: int) -> Fit:
-    """Least squares of the reader's keys and values on the owner's; see the module.
-
-    Args:
-        seen: of the unshared model.
-        reader, owner: layers.
-    """
-    keys, values = seen.k[reader], seen.v[reader]
-    heads = range(keys.shape[0])
-    fits = [[_fit_heads(seen, reader, owner, h, j) for j in heads] for h in heads]
-    cost = [[fit[2] for fit in row] for row in fits]
-    head = [int(j) for j in linear_sum_assignment(cost)[1]]
-    chosen = [fits[h][head[h]] for h in heads]
-    residual = sum(fit[2] for fit in chosen) / len(chosen)
-    alpha, matrix = torch.stack([f[0] for f in chosen]), torch.stack([f[1] for f in chosen])
-    assert matrix.shape == (len(values), values.shape[2], values.shape[2])
-    return Fit(tuple(head), alpha, matrix, residual)
-
-
-def _fit_heads(
-    seen: Observed, reader: int, owner: int, h: int, j: int
-) -> tuple[Tensor, Tensor, float]:
-    k, k_own = _pairs(seen.k[reader][h]), _pairs(seen.k[owner][j])
-    alpha = (k_own.conj() * k).sum(0) / k_own.abs().square().sum(0).clamp_min(1e-12)
-    v, v_own = seen.v[reader][h], seen.v[owner][j]
-    gram = v_own.T @ v_own
-    gram.diagonal().add_(RIDGE * gram.diagonal().mean() + 1e-12)
-    matrix = torch.linalg.solve(gram, v_own.T @ v)
-    lost_k = (k - alpha * k_own).abs().square().sum() / k.abs().square().sum()
-    lost_v = (v - v_own @ matrix).square().sum() / v.square().sum()
-    return alpha, matrix, float(lost_k + lost_v)
-
-
-def _pairs(x: Tensor) -> Tensor:
-    """[..., D] as complex [..., D / 2]: channels d and d + D / 2 turn together."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.complex(first.contiguous(), second.contiguous())
 
 
 @torch.no_grad()
@@ -124,8 +30,9 @@ def convert(
         model: changed in place; its layers do not share yet.
         owner: for each layer the layer whose tokens it will read.
         start: `keep_first` leaves the owner's keys and values; `average` gives it the mean of its
-            group's projections, with the gains of their norms; `least_squares` fits, see above.
-        seen: for `least_squares`.
+            group's projections, with the gains of their norms; `least_squares` fits readers to
+            what the owner has, `joint` chooses what the owner has to fit all of its group.
+        seen: for the last two.
 
     Raises:
         ValueError: the architecture's projections cannot be folded.
@@ -137,9 +44,27 @@ def convert(
         _average(model, owner)
         return
     assert seen is not None
+    if start == "joint":
+        for own in sorted(set(owner)):
+            members = [layer for layer, o in enumerate(owner) if o == own]
+            if len(members) > 1:
+                _join(attention, members, seen)
+        return
     for reader, own in enumerate(owner):
         if reader != own:
             _fold(attention[reader], fit_pair(seen, reader, own))
+
+
+def _join(attention: Sequence[Any], members: Sequence[int], seen: Observed) -> None:
+    own = attention[members[0]].k_proj, attention[members[0]].v_proj
+    keys, values, fits = fit_group(seen, members, any(p.bias is not None for p in own))
+    for project, made in zip(own, (keys, values), strict=True):
+        width = project.weight.shape[1]
+        project.weight.copy_(made[:, :width])
+        if project.bias is not None:
+            project.bias.copy_(made[:, width])
+    for layer, fit in zip(members, fits, strict=True):
+        _fold(attention[layer], fit)
 
 
 def _layers(model: PreTrainedModel) -> list[tuple[Any, Any]]:
@@ -182,7 +107,7 @@ def _fold(attention: Any, fit: Fit) -> None:
         if part is None:
             continue
         rows = part.float().view(heads, -1, dim, part.shape[1] if part.dim() == 2 else 1)
-        turned = _pairs(rows.transpose(2, 3)) * fit.alpha.conj()[:, None, None]
+        turned = as_pairs(rows.transpose(2, 3)) * fit.alpha.conj()[:, None, None]
         turned = torch.cat([turned.real, turned.imag], -1).transpose(2, 3)
         moved = torch.empty_like(turned)
         moved[list(fit.head)] = turned

@@ -1,7 +1,8 @@
 """How the batch of a step is divided: among processes, and in pieces one after another.
 
 Every process holds the whole model and optimizer, computes its rows, and adds up gradients with the
-others; so all take the same step. The sum differs from one process's in its rounding alone.
+others; so all take the same step. Or weights and moments are spread over the processes, see
+`sharding.py`. Either way the sum differs from one process's in its rounding alone.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from kvsmith.errors import explain
 from kvsmith.pipeline.log import LoggerConfig, Run
+from kvsmith.pipeline.training.sharding import shard
 from kvsmith.pipeline.workers import ALONE, Workers
 
 
@@ -25,10 +28,12 @@ class Division:
     Args:
         workers: the processes.
         pieces: that a process computes its rows in, to need less memory (gradient accumulation).
+        sharded: weights are spread over the processes.
     """
 
     workers: Workers = ALONE
     pieces: int = 1
+    sharded: bool = False
 
     def __post_init__(self) -> None:
         if self.pieces < 1:
@@ -59,6 +64,16 @@ class Division:
             remedy = "Change optim.batch_tokens, pieces, or the number of processes."
             raise ValueError(explain("train", what, f"a multiple of {parts}", rows, remedy))
 
+    def shard(self, model: PreTrainedModel) -> None:
+        """Spread a model over the processes, where that is asked for."""
+        if self.sharded:
+            shard(model, self.workers.count)
+
+    @property
+    def scale(self) -> int:
+        """What a piece's loss is divided by; sharded gradients are averaged over processes."""
+        return self.pieces if self.sharded else self.parts
+
     def rows(self, batch: int) -> list[slice]:
         """Rows of each piece of this process."""
         size, first = batch // self.parts, self.workers.rank * self.pieces
@@ -68,7 +83,7 @@ class Division:
         """Add up the loss, and gradients in place, over all processes; returns the loss."""
         if self.workers.count == 1:
             return loss.item()
-        grads = [w.grad for w in weights if w.grad is not None]
+        grads = [] if self.sharded else [w.grad for w in weights if w.grad is not None]
         flat = torch.cat([loss.detach().float().view(1), *(g.flatten() for g in grads)])
         self.workers.add(flat)
         for grad, part in zip(grads, flat[1:].split([g.numel() for g in grads]), strict=True):

@@ -25,6 +25,7 @@ from kvsmith.pipeline.training.division import Division
 from kvsmith.pipeline.training.dropout import Dropout
 from kvsmith.pipeline.training.heldout import heldout_loss
 from kvsmith.pipeline.training.plan import Optim
+from kvsmith.pipeline.training.sharding import whole
 from kvsmith.pipeline.training.windows import Windows
 
 # <malloc.h> of glibc
@@ -71,13 +72,14 @@ def fit(
         SystemExit: 143 after SIGTERM and 130 after Ctrl-C, with the checkpoint written.
     """
     _keep_freed_memory()
+    division = division or Division()
+    division.shard(model)
     optimizer = _optimizer(model, cfg)
     before = load_checkpoint(checkpoint, model, optimizer, identity)
     if before.steps:
         run.say(f"continuing at step {before.steps} of {cfg.steps} from {checkpoint}")
         run.rewind(before.steps)
     clock = _Clock(before)
-    division = division or Division()
     one_step = _Step(model, optimizer, stream, cfg, seed, loss, division)
     total, tokens = cfg.steps * cfg.batch_tokens, cfg.batch_tokens
     with _signals() as caught, run.progress(total, "tokens", before.steps * tokens) as progress:
@@ -91,8 +93,9 @@ def fit(
                 run.scalars(done, {"tokens": done * tokens, **values})
             stopped = division.any(bool(caught))
             due = done % cfg.checkpoint_steps == 0 or done == cfg.steps or stopped
-            if due and division.workers.leads:
-                save_checkpoint(checkpoint, model, optimizer, clock.at(done), identity)
+            if due and (division.sharded or division.workers.leads):
+                path = checkpoint if division.workers.leads else None
+                save_checkpoint(path, model, optimizer, clock.at(done), identity)
             progress.advance(tokens, **{k: v for k, v in values.items() if "loss" in k})
             if stopped:
                 division.workers.wait()  # for the checkpoint
@@ -149,28 +152,27 @@ class _Step:
         total = torch.zeros((), device=batch.device)
         for rows in self._division.rows(len(batch)):
             self.dropout.rows = rows
-            loss = self._loss(batch[rows, :-1], batch[rows, 1:]) / self._division.parts
-            loss.backward()
-            total += loss.detach()
+            loss = self._loss(batch[rows, :-1], batch[rows, 1:])
+            (loss / self._division.scale).backward()
+            total += loss.detach() / self._division.parts
         value = self._division.add(total, self._model.parameters())
         if not math.isfinite(value):
             remedy = "Lower pretrain.optim.lr; the last checkpoint is kept."
             raise ValueError(
                 explain("training", f"loss at step {step + 1}", "finite", value, remedy)
             )
-        norm = float(nn.utils.clip_grad_norm_(self._model.parameters(), self._cfg.grad_clip))
+        norm = whole(nn.utils.clip_grad_norm_(self._model.parameters(), self._cfg.grad_clip))
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         self._optimizer.step()
         self._optimizer.zero_grad()
-        return {"loss": value, "lr": lr, "grad_norm": norm}
+        return {"loss": value, "lr": lr, "grad_norm": float(norm)}
 
 
 def _loss_function(model: LlamaForCausalLM, cfg: Optim) -> Loss:
     def loss(inputs: Tensor, targets: Tensor) -> Tensor:
         with _autocast(model, cfg):
-            hidden = model.model(input_ids=inputs, use_cache=False).last_hidden_state
-            logits = model.lm_head(hidden)
+            logits = model(input_ids=inputs, use_cache=False).logits
         return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
     if not cfg.compile:

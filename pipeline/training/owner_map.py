@@ -1,6 +1,6 @@
 """A map from measurement: which neighbours lose least when they are tied.
 
-Every layer l and earlier layer s within reach is tied alone, by least squares, and the held-out
+Every layer l and earlier layer s within reach is tied alone, by the joint start, and the held-out
 loss is measured. The rises are taken to add up, and the map of consecutive groups with the smallest
 sum is found exactly, by dynamic programming.
 """
@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 
 from kvsmith.errors import explain
 from kvsmith.hf import share
-from kvsmith.pipeline.training.convert import convert, fit_pair, observe
+from kvsmith.pipeline.training.convert import convert
+from kvsmith.pipeline.training.fits import fit_pair, observe
 from kvsmith.pipeline.training.heldout import heldout_loss
 
 
@@ -70,7 +71,7 @@ def measure_ties(model: PreTrainedModel, tokens: Tensor, reach: int) -> list[Tie
         for owner in range(max(0, reader - reach + 1), reader):
             own = [owner if layer == reader else layer for layer in range(layers)]
             with _unchanged(model):
-                convert(model, own, "least_squares", seen)
+                convert(model, own, "joint", seen)
                 share(model, own)
                 rise = heldout_loss(model, tokens[half:]) - before
             share(model, range(layers))

@@ -32,6 +32,7 @@ from kvsmith.pipeline.training.division import Division
 from kvsmith.pipeline.training.loop import fit
 from kvsmith.pipeline.training.plan import Optim, Phase
 from kvsmith.pipeline.training.result import is_finished, write_result
+from kvsmith.pipeline.training.sharding import gathered
 from kvsmith.pipeline.training.tokenizer import train_tokenizer
 from kvsmith.pipeline.training.unread import freeze_unread, skip_unread
 from kvsmith.strict import to_dict
@@ -146,6 +147,7 @@ def pretrain(
             identity,
             division=division,
         )
+        net = gathered(net)
         if not lead:
             return output
         record = {

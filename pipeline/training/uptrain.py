@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -23,14 +24,17 @@ from kvsmith.pipeline.data import DataConfig, load_documents, token_blocks, toke
 from kvsmith.pipeline.log import LoggerConfig, Run
 from kvsmith.pipeline.model import ModelConfig, load_config, load_model
 from kvsmith.pipeline.training.attention import register
-from kvsmith.pipeline.training.convert import Observed, Start, convert, observe
+from kvsmith.pipeline.training.convert import Start, convert
 from kvsmith.pipeline.training.distill import Mix, distillation
 from kvsmith.pipeline.training.division import Division
+from kvsmith.pipeline.training.fits import Observed, observe
 from kvsmith.pipeline.training.heldout import heldout_loss
 from kvsmith.pipeline.training.loop import fit
+from kvsmith.pipeline.training.lora import add_lora
 from kvsmith.pipeline.training.owner_map import Measured, choose_map, measure_ties
 from kvsmith.pipeline.training.plan import Optim, Phase
 from kvsmith.pipeline.training.result import is_finished, write_result
+from kvsmith.pipeline.training.sharding import gathered
 from kvsmith.pipeline.training.unread import freeze_unread, skip_unread
 from kvsmith.strict import to_dict
 
@@ -44,7 +48,9 @@ class Uptrain:
     Args:
         start: what shared keys and values start from, see `convert`.
         fit_windows: windows of training text that the start is fitted on.
-        train: which weights learn; readers' key and value projections never do.
+        train: which weights learn; readers' key and value projections never do. `lora` leaves all
+            as they are beside low-rank terms of q, k, v and o.
+        rank: of those terms.
         stages: steps in which groups are tied, over the first half of training; 1 ties all at once.
         mix: the loss.
         recompute: keep less for the backward pass and compute it again.
@@ -53,16 +59,17 @@ class Uptrain:
     """
 
     optim: Optim
-    start: Start = "least_squares"
+    start: Start = "joint"
     fit_windows: int = 16
-    train: Literal["all", "attention"] = "all"
+    train: Literal["all", "attention", "lora"] = "all"
+    rank: int = 16
     stages: int = 1
     mix: Mix = Mix()
     recompute: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("fit_windows", "stages"):
+        for name in ("fit_windows", "stages", "rank"):
             if getattr(self, name) < 1:
                 raise ValueError(
                     explain(f"uptrain.{name}", "value", "at least 1", getattr(self, name))
@@ -105,6 +112,10 @@ def uptrain(
     Raises:
         ValueError: the map or the start does not fit the model, or training failed.
     """
+    division = division or Division()
+    if division.sharded and (cfg.stages > 1 or cfg.train == "lora"):
+        expected = "1, and uptrain.train all or attention, where weights are spread (FSDP)"
+        raise ValueError(explain("uptrain.stages", "value", expected, f"{cfg.stages}, {cfg.train}"))
     layers = len(geometry(load_config(model)).layers)
     owner = None if isinstance(cla, Measured) else cla.resolve(layers)
     parts = {"uptrain": cfg, "cla": cla, "data": data, "model": model}
@@ -112,7 +123,6 @@ def uptrain(
     identity = config_hash(config)
     folder = work / f"{model.label}-cla-{identity}"
     output = output or folder / "model"
-    division = division or Division()
     lead = division.workers.leads
     if is_finished(output, identity, overwrite):
         Run(None, quiet=not lead).say(f"{output} is finished (run {identity}); nothing to do")
@@ -133,7 +143,8 @@ def uptrain(
             owner = choose_map(ties, layers, cla.owners)
             owner = tuple(json.loads(division.workers.leaders(json.dumps(owner))))
         record: dict[str, Any] = {"original_loss": heldout_loss(net, heldout)}
-        seen = observe(net, windows) if cfg.start == "least_squares" else None
+        fitted = cfg.start in ("least_squares", "joint")
+        seen = observe(net, windows) if fitted else None
         student = _Student(net, owner, cfg, seen)
         student.tie(cfg.stages)
         record["converted_loss"] = heldout_loss(net, heldout)
@@ -142,6 +153,7 @@ def uptrain(
             f"{record['converted_loss']:.4f}"
         )
         student.reset()
+        student.before_step(0)
         mixed = distillation(net, teacher, cfg.mix, cfg.optim.precision == "bfloat16")
         done = fit(
             cast(LlamaForCausalLM, net),
@@ -156,6 +168,9 @@ def uptrain(
             student.before_step,
             division,
         )
+        if student.fold is not None:
+            student.fold()
+        net = gathered(net)
         if not lead:
             return output
         record |= {
@@ -184,6 +199,7 @@ class _Student:
         groups = [o for layer, o in enumerate(owner) if o != layer]
         self._groups = sorted(set(groups))
         self._tied = 0  # groups
+        self.fold: Callable[[], object] | None = None  # low-rank terms into the weights
 
     def reset(self) -> None:
         """Back to the original, not shared; training begins, or continues, from there."""
@@ -192,11 +208,14 @@ class _Student:
         share(self._net, range(len(self._owner)))
         self._tied = 0
         self._before = {}
-        self._net.requires_grad_(self._cfg.train == "all")
-        for name, weight in self._net.named_parameters():
-            if any(f"self_attn.{p}_proj" in name for p in "qkvo"):
-                weight.requires_grad_(True)
-        freeze_unread(self._net, self._owner)
+        if self._cfg.train == "lora":
+            self.fold = add_lora(self._net, self._owner, self._cfg.rank, self._cfg.seed)
+        else:
+            self._net.requires_grad_(self._cfg.train == "all")
+            for name, weight in self._net.named_parameters():
+                if any(f"self_attn.{p}_proj" in name for p in "qkvo"):
+                    weight.requires_grad_(True)
+            freeze_unread(self._net, self._owner)
         if self._cfg.recompute:
             self._net.activation_checkpointing_enable()
         self._net.train()

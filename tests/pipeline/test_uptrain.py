@@ -25,8 +25,10 @@ from kvsmith.pipeline.model import ModelConfig, load_model
 from kvsmith.pipeline.report import sharing
 from kvsmith.pipeline.train import TrainConfig, run
 from kvsmith.pipeline.training import loop
-from kvsmith.pipeline.training.convert import convert, fit_pair, observe
+from kvsmith.pipeline.training.convert import convert
 from kvsmith.pipeline.training.distill import Mix, distillation
+from kvsmith.pipeline.training.fits import as_pairs, fit_pair, observe
+from kvsmith.pipeline.training.joint import fit_group
 from kvsmith.pipeline.training.owner_map import Measured, Tie, choose_map, measure_ties
 from kvsmith.pipeline.training.plan import Optim, Phase
 from kvsmith.pipeline.training.uptrain import Uptrain, uptrain
@@ -82,13 +84,38 @@ def test_what_least_squares_can_express_is_converted_without_loss(micro_llama: A
     fit = fit_pair(seen, 1, 0)
     assert fit.head == (1, 0)
     assert fit.residual < 1e-3  # the ridge of 1e-4 and float32
-    convert(net, (0, 0), "least_squares", seen)
-    share(net, (0, 0))
-    got = net(ids).logits
-    assert (got - want).std() < 2e-2 * want.std()
+    for start in ("least_squares", "joint"):
+        tied = _twins(micro_llama)
+        convert(tied, (0, 0), start, seen)  # type: ignore[arg-type]
+        share(tied, (0, 0))
+        assert (tied(ids).logits - want).std() < 2e-2 * want.std(), start
     kept = _twins(micro_llama)
     share(kept, (0, 0))
     assert (kept(ids).logits - want).std() > 0.2 * want.std()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("biases", [False, True])
+def test_the_joint_start_leaves_least_of_the_group(micro_llama: Any, biases: bool) -> None:
+    """Of keys and of values, over all layers of the group; least squares leaves the owner exact."""
+    net = micro_llama(layers=3, attention_bias=biases)
+    for name, weight in net.named_parameters():
+        if name.endswith("bias"):
+            weight.normal_(generator=torch.Generator().manual_seed(len(name)))
+    seen = observe(net, _ids())
+    keys, values, fits = fit_group(seen, (0, 1, 2), biases)
+    x = seen.x[0]
+    x = torch.cat([x, torch.ones_like(x[:, :1])], 1) if biases else x
+    made = [(x @ w.T).unflatten(1, (2, -1)).transpose(0, 1) for w in (keys, values)]
+    joint, single = [0.0, 0.0], [0.0, 0.0]
+    for layer, fit in enumerate(fits):
+        alone = fit_pair(seen, layer, 0)
+        for lost, k, v, how in ((joint, *made, fit), (single, seen.k[0], seen.v[0], alone)):
+            turned = as_pairs(k[list(how.head)]) * how.alpha[:, None]
+            lost[0] += float((as_pairs(seen.k[layer]) - turned).abs().square().sum())
+            lost[1] += float((seen.v[layer] - v[list(how.head)] @ how.matrix).square().sum())
+    assert fits[1].head == fit_pair(seen, 1, 0).head
+    assert joint[0] < single[0] and joint[1] < single[1], (joint, single)
 
 
 @torch.no_grad()
@@ -193,6 +220,39 @@ def test_training_gains_and_leaves_what_it_should(place: Path) -> None:
     assert _uptrain(place, "work", train="attention", recompute=True) == out
 
 
+def test_low_rank_terms_learn_and_are_folded_in(place: Path) -> None:
+    pytest.importorskip("peft")
+    out = _uptrain(place, "work", train="lora", rank=4)
+    before, _ = load_model(ModelConfig(str(place / "model")))
+    after, _ = load_model(ModelConfig(str(out)))
+    names = [name for name, _ in before.named_parameters()]
+    assert names == [name for name, _ in after.named_parameters()]  # no terms are left
+    for name, weight in before.named_parameters():
+        unread = any(f"layers.{i}.self_attn.{p}_proj" in name for i in (1, 3) for p in "kv")
+        same = torch.equal(weight.bfloat16(), after.get_parameter(name).bfloat16())
+        assert same == (unread or "self_attn" not in name), name
+    record = json.loads((out / "training.json").read_text())
+    assert record["heldout"]["loss"] < record["converted_loss"] + 0.05
+
+
+def test_without_peft_low_rank_terms_are_one_line(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ValueError, match="pip install peft") as error:
+        _uptrain(place, "work", train="lora")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+def test_launch_configurations_are_accelerates(name: str) -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    found = load_config_from_file(str(ROOT / "conf" / "launch" / f"{name}.yaml"))
+    assert found.num_processes == 8
+    assert found.distributed_type.value == {"ddp": "MULTI_GPU", "fsdp2": "FSDP"}[name]
+
+
 def test_a_measured_map(place: Path) -> None:
     out = _uptrain(place, "work", Measured(owners=3))
     assert len(set(json.loads((out / "training.json").read_text())["owner"])) == 3
@@ -258,13 +318,16 @@ def test_processes_and_pieces_take_the_steps_of_one(place: Path) -> None:
     run(load(TrainConfig, "train", _given(place, "one")), place / "hydra")
     run(load(TrainConfig, "train", [*_given(place, "pieces"), "pieces=2"]), place / "h")
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    command = [*launch, "--master_port", "29617", *_command(place, "two")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("wrote") == 1  # one of the two speaks
+    for sharded, work in (("false", "two"), ("true", "spread")):
+        own = {"ACCELERATE_USE_CPU": "true", "ACCELERATE_USE_FSDP": sharded}
+        environment = {**os.environ, **own, "OMP_NUM_THREADS": "1"}
+        command = [*launch, "--master_port", "29617", *_command(place, work)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert done.stdout.count("wrote") == 1  # one of the two speaks
     one = _weights(place, "one")
-    for other in ("pieces", "two"):
+    assert _weights(place, "spread").keys() == one.keys()
+    for other in ("pieces", "two", "spread"):
         for name, weight in _weights(place, other).items():
             # Sums of another order, through 4 steps of Adam; then weights are rounded to bfloat16,
             # whose steps are 2^-8 of a value.
