@@ -37,6 +37,7 @@ ONLY_IN = {
     "sklearn": r"pipeline/.*",
     "datasets": r"pipeline/.*",
     "accelerate": r"pipeline/.*",
+    "peft": r"pipeline/training/lora\.py",
     "wandb": r"pipeline/log\.py",
     "hydra": r"pipeline/config\.py|\w+\.py",
     "omegaconf": r"pipeline/config\.py|\w+\.py",
