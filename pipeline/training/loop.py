@@ -153,20 +153,22 @@ class _Step:
         for rows in self._division.rows(len(batch)):
             self.dropout.rows = rows
             loss = self._loss(batch[rows, :-1], batch[rows, 1:])
+            _check_finite(loss.item(), step)
             (loss / self._division.scale).backward()
             total += loss.detach() / self._division.parts
         value = self._division.add(total, self._model.parameters())
-        if not math.isfinite(value):
-            remedy = "Lower pretrain.optim.lr; the last checkpoint is kept."
-            raise ValueError(
-                explain("training", f"loss at step {step + 1}", "finite", value, remedy)
-            )
         norm = whole(nn.utils.clip_grad_norm_(self._model.parameters(), self._cfg.grad_clip))
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         self._optimizer.step()
         self._optimizer.zero_grad()
         return {"loss": value, "lr": lr, "grad_norm": float(norm)}
+
+
+def _check_finite(value: float, step: int) -> None:
+    if not math.isfinite(value):
+        remedy = "Lower pretrain.optim.lr; the last checkpoint is kept."
+        raise ValueError(explain("training", f"loss at step {step + 1}", "finite", value, remedy))
 
 
 def _loss_function(model: LlamaForCausalLM, cfg: Optim) -> Loss:
