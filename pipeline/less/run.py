@@ -5,6 +5,7 @@ Unfinished runs lie in `runs/less`; the same command continues one, and skips a 
 
 from __future__ import annotations
 
+import time
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -86,6 +87,7 @@ def train_less(
     with told as log, Stop() as stop, locked(unfinished) if lead else nullcontext():
         own = workers.in_turn(lambda: codec_parameters(codec, model_cfg, model, spec, log), stop)
         training = Training(model, spec, own, cfg, tokens, held, unfinished, workers, log, stop)
+        clock, processor = time.monotonic(), time.process_time()
         training.run()
         if cfg.joint_steps:
             Joint(training).run()
@@ -96,6 +98,8 @@ def train_less(
             return None
         write_trained(folder, source, left, error, ranks, tensors)
         report(log, left, error, ranks)
+        took = time.monotonic() - clock, time.process_time() - processor
+        log.say(f"trained and measured in {took[0]:.0f} s, {took[1]:.0f} s of the processor")
         log.say(f"written: {folder}")
     return folder
 
