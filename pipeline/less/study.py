@@ -59,7 +59,7 @@ STATES: dict[str, tuple[str, ...]] = {
     TRANSFERRED: (),
     "state, then all layers at once": ("less.joint_steps=24",),
     "state, ranks allotted": ("less.trained_ranks=[2,4,8,16,32]", "less.allot=true"),
-    "paper's MLP": ("less.features.kind=mlp", "+less.features.hidden=512", "less.lr=0.005"),
+    "paper's MLP": ("less.features.kind=mlp", "less.lr=0.005"),
 }
 
 
