@@ -99,9 +99,9 @@ def run(cfg: CalibrateConfig, folder: Path) -> Path:
                     _rehearse(cfg, codecs, model, tokens, loading, folder, log, stop, asked, count)
                 return folder
             found = calibrate(cfg, codecs, model, tokens, log, stop, asked, workers)
-            if asked is not None and lead:
+            if asked is not None:
                 root = output_path(cfg.bundles or "artifacts/bundles") / cfg.model.label
-                spend(asked, found, model, read, cfg.sensitivity, root, folder, log, stop)
+                spend(asked, found, model, read, cfg.sensitivity, root, folder, log, stop, workers)
             return found
 
 

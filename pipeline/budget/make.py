@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,6 +32,7 @@ from kvsmith.pipeline.export import identity
 from kvsmith.pipeline.fit import Sensitivity
 from kvsmith.pipeline.log import Run
 from kvsmith.pipeline.stage import Stage, Stop, digest, locked, read_json, run_stage, write_json
+from kvsmith.pipeline.workers import ALONE, Workers
 from kvsmith.spec import CacheSpec
 
 VERSION = 1  # raised when the same tokens give other sensitivities
@@ -124,6 +127,7 @@ def pose(
     sensitivity: Sensitivity,
     log: Run,
     stop: Stop,
+    workers: Workers = ALONE,
 ) -> Problem:
     """Fit every level and measure every choice; what was measured before is read back.
 
@@ -136,10 +140,13 @@ def pose(
         model: in evaluation mode.
         sensitivity: weights of the codebook fit.
         log, stop: of the run.
+        workers: processes that divide the layers.
     """
     record = read_record(folder)
     shape = record.source.base_model.geometry
-    fitted = [parameters_for(folder, c, None, sensitivity) for c in choices.codecs]
+    fitted = workers.in_turn(
+        lambda: [parameters_for(folder, c, None, sensitivity) for c in choices.codecs], stop
+    )
     pre = options.prefill or windows.shape[1] // 8
 
     def meter(ids: Tensor) -> Meter:
@@ -152,9 +159,10 @@ def pose(
         "fit": sensitivity,
         "version": VERSION,
     }
-    loss = _losses(choices, fitted, folder, facts, lambda: meter(windows), record, log, stop)
+    made = partial(meter, windows)
+    loss = _losses(choices, fitted, folder, facts, made, record, log, stop, workers)
     price = costs(choices, shape, options.tokens)
-    check = None if heldout is None else meter(heldout)
+    check = None if heldout is None or not workers.leads else meter(heldout)
     return Problem(options, record, choices, fitted, loss, price, check)
 
 
@@ -167,15 +175,18 @@ def _losses(
     record: Record,
     log: Run,
     stop: Stop,
+    workers: Workers,
 ) -> Tensor:
     """[layers, 2, levels] float64; one stage a layer."""
     made: list[Meter] = []
     owners, name = record.source.base_model.geometry.owners, digest(facts)[:8]
-    rows = []
-    total = len(owners) * 2 * len(choices)
-    with locked(folder), log.progress(total, "sensitivity") as bar:
-        for layer in owners:
-            path = f"sensitivity/{name}/{layer_file(layer)}.json"
+    paths = {layer: f"sensitivity/{name}/{layer_file(layer)}.json" for layer in owners}
+    own = workers.share(owners)
+    alone = locked(folder) if workers.leads else nullcontext()
+    with alone, log.progress(len(own) * 2 * len(choices), "sensitivity") as bar:
+        workers.wait(stop)  # the folder is swept
+        for layer in own:
+            path = paths[layer]
 
             def run(layer=layer, path=path) -> None:
                 if not made:
@@ -189,7 +200,8 @@ def _losses(
             )
             run_stage(stage, folder)
             stop.leave_if_asked()
-            rows.append(read_json(folder / path))
+        workers.wait(stop)
+    rows = [read_json(folder / path) for path in paths.values()]
     return torch.tensor(rows, dtype=torch.float64)
 
 

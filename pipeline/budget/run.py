@@ -23,6 +23,7 @@ from kvsmith.pipeline.fit import Sensitivity
 from kvsmith.pipeline.log import Run
 from kvsmith.pipeline.report.budget import plot_budget
 from kvsmith.pipeline.stage import Stop
+from kvsmith.pipeline.workers import ALONE, Workers
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ def spend(
     folder: Path,
     log: Run,
     stop: Stop,
+    workers: Workers = ALONE,
 ) -> Path | None:
     """Measure, solve, compare, write.
 
@@ -100,16 +102,21 @@ def spend(
         root: folder of the model's bundles.
         folder: of this run; budget.json, report.html and PNGs go there.
         log, stop: of the run.
+        workers: processes that divide the layers; the first does the rest.
 
     Returns:
-        The bundle's folder; None for a curve alone.
+        The bundle's folder; None for a curve alone, and in processes that do not lead.
     """
     o = asked.options
     text = model.config.get_text_config(decoder=True)
     length = o.window(getattr(text, "max_position_embeddings", None))
     windows = read("calibration", o.windows, length)
     heldout = read("heldout", o.check, length) if o.check else None
-    problem = pose(o, asked.choices, calibration, windows, heldout, model, sensitivity, log, stop)
+    problem = pose(
+        o, asked.choices, calibration, windows, heldout, model, sensitivity, log, stop, workers
+    )
+    if not workers.leads:
+        return None
     rivals, path = problem.uniforms(), None
     front, chosen = problem.curve() if asked.curve else [], []
     if front:

@@ -85,6 +85,20 @@ def test_layers_run_twice_with_inputs_in_files(
     assert bundle(place, tmp_path) == contents(place / "whole")
 
 
+def test_a_budget_is_spent_alike(place: Path, tmp_path: Path) -> None:
+    asked = ["target_bits=5.5", "fit.windows=2", "fit.check=2", "fit.length=32", "fit.widths=[2,4]"]
+    asked += ["fit.fractions=[0.0]", "fit.context=512"]
+    made = []
+    for count in (1, 2):
+        work = tmp_path / str(count)
+        cfg = settings(place, work, f"bundles={work}/bundles", *asked)
+        first, *others = together(work, *alike(cfg, work, count))
+        assert first[0] == 0 and "bundle: " in first[1], first[1]
+        assert all(other == (0, "") for other in others)
+        made.append(contents(work))
+    assert any("sensitivity" in name for name in made[0]) and made[0] == made[1]
+
+
 def test_without_gradients(place: Path, tmp_path: Path) -> None:
     made = []
     for count in (1, 2):
