@@ -97,6 +97,10 @@ def describe(codec: TensorCodec) -> str:
     if codec.outliers:
         rule = "static threshold" if isinstance(codec.outliers, StaticThreshold) else "top k"
         words.append(f"{100 * codec.fraction:g} % outliers by {rule}")
+    if low := codec.low_rank:
+        prompt = f" ({low.prompt_rank} in the prompt)" if low.prompt_rank else ""
+        width = f"{low.bits} bits" if low.bits else "the dtype of ranges"
+        words.append(f"low rank {low.rank}{prompt}, factors in {width}")
     return ", ".join(words)
 
 

@@ -206,6 +206,7 @@ def test_a_bundle_carries_it_and_others_keep_their_bytes(tmp_path, micro_llama):
     folder = Bundle.create(spec, {}, base).save_pretrained(tmp_path / "gear")
     again = load(folder)
     assert again.spec == spec
+    assert "low rank 2 (4 in the prompt), factors in" in (folder / "README.md").read_text()
     logits = model(torch.arange(3, 80)[None], past_key_values=again.cache(model)).logits
     assert bool(logits.isfinite().all())
 
