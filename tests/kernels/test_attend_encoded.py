@@ -137,16 +137,20 @@ def test_rotated_keys_in_low_precision(dtype):
     assert error <= 8 * torch.finfo(dtype).eps * truth.abs().max()
 
 
-@pytest.mark.parametrize("bits", [2, 4])
-@pytest.mark.parametrize("codec", ["nuq", "nuq_plain"])
-def test_bytes_named_are_those_stored(codec, bits):
+@pytest.mark.parametrize(
+    ("codec", "bits", "given"),
+    [
+        *((codec, bits, {}) for codec in ("nuq", "nuq_plain") for bits in (2, 4)),
+        ("gear_few", 4, {"rope": False, "block": 64}),
+    ],
+)
+def test_bytes_named_are_those_stored(codec, bits, given):
     """At 128K tokens of 8 heads, from what more tokens and more programs add."""
     q, tokens = torch.randn(1, 32, 1, 128).half(), 128 * 1024
 
     def named(length: int, splits: int) -> int:
-        layer = make_layer(
-            codec, bits, length, heads=8, dim=128, batch=1, page=128, dtype=torch.float16
-        )
+        shape = {"heads": 8, "dim": 128, "batch": 1, "page": 128, **given}
+        layer = make_layer(codec, bits, length, dtype=torch.float16, **shape)
         with pytest.MonkeyPatch.context() as patch, counted_bytes() as count:
             patch.setattr(launch, "count_splits", lambda *_: splits)
             _attend(layer, q, "triton")
@@ -155,7 +159,7 @@ def test_bytes_named_are_those_stored(codec, bits):
     base = named(20 + 64, 1)
     each = (named(20 + 192, 1) - base) / 128
     program = named(20 + 64, 2) - base
-    page = make_layer(codec, bits, 148, heads=8, dim=128, batch=1, page=128).body.pages[0]
+    page = make_layer(codec, bits, 148, heads=8, dim=128, batch=1, page=128, **given).body.pages[0]
     stored = sum(t.nbytes for side in page.sides for t in side.values()) / 128
     splits = launch.count_splits(tokens, 64, 8, q.device)
     assert 1 <= (each * tokens + splits * program) / (stored * tokens) <= 1.10
