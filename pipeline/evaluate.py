@@ -137,6 +137,7 @@ def run(cfg: EvaluateConfig, folder: Path) -> list[Row]:
         m = cfg.measure
         small = replace(
             SMOKE,
+            seed=m.seed,
             questions=replace(m.questions, count=2, new_tokens=16),
             summaries=replace(m.summaries, count=2, new_tokens=16),
         )
