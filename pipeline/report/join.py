@@ -44,6 +44,17 @@ SPREAD_KEYS = (
     ("recall_gain", 1, ".2f"),
     ("together_gain", 1, ".2f"),
 )
+BUDGET_KEYS = {
+    "model",
+    "levels",
+    "layers",
+    "sides",
+    "loss",
+    "context",
+    "chosen",
+    "curve",
+    "uniform",
+}
 COMMON = ("model", "data", "measure")  # of a run's configuration: what makes figures comparable
 
 
@@ -173,7 +184,7 @@ def read_budgets(folders: Sequence[Path]) -> list[dict[str, Any]]:
     found = []
     for path in (path for folder in folders for path in sorted(folder.rglob(BUDGET))):
         data = read_json(path)
-        if not isinstance(data, dict) or not {"model", "levels", "chosen"} <= data.keys():
+        if not isinstance(data, dict) or not BUDGET_KEYS <= data.keys():
             raise ValueError(explain(str(path), "file", "what calibrate.py writes", "another"))
         found.append(data)
     return found

@@ -28,7 +28,8 @@ def render(chart: Chart) -> str:
     for name, height in chart.rules:
         marks.append(_line(LEFT, y(height), WIDTH - RIGHT, y(height), "var(--ink)"))
         marks.append(_text(LEFT + 6, y(height) - 5, name))
-    lines = [s for s in chart.series if s.line]
+    # Full precision has a colour of its own; last, it leaves the others the same in all charts.
+    lines = sorted((s for s in chart.series if s.line), key=lambda s: s.role == "full")
     for i, series in enumerate(lines):
         marks.append(_path(series, x, y, _colour(series, i)))
     marks += _dots([s for s in chart.series if not s.line], x, y)
