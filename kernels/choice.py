@@ -9,16 +9,18 @@ import torch
 
 from kvsmith.errors import explain
 
-Impl = Literal["triton", "reference"]
-# Set to one of the two to have it wherever it can run; "auto" or unset: triton on a GPU.
+Impl = Literal["triton", "native", "reference"]
+# Set to triton or reference to have it wherever it can run; "auto" or unset: triton on a GPU, on a
+# CPU native where an operation has it.
 VARIABLE = "KVSMITH_KERNELS"
 
 
-def preferred(device: torch.device) -> Impl:
+def preferred(device: torch.device, native: bool = False) -> Impl:
     """The implementation that runs on a device if it supports the arguments.
 
     Args:
         device: where the tensors are.
+        native: whether the operation has code of its own for CPUs.
 
     Raises:
         ValueError: the environment variable KVSMITH_KERNELS has an unknown value.
@@ -30,4 +32,6 @@ def preferred(device: torch.device) -> Impl:
         return "reference"
     if wanted != "auto":
         raise ValueError(explain("environment", VARIABLE, "auto, triton or reference", wanted))
-    return "triton" if device.type == "cuda" else "reference"
+    if device.type == "cuda":
+        return "triton"
+    return "native" if native and device.type == "cpu" else "reference"

@@ -1,8 +1,8 @@
 """A decoding step of one layer as a single operation, where the kernel knows all about the layer.
 
-`attention.attend_store` asks here first. What `attend_encoded` does not serve - pages of two ranks,
-a mask of the model's own, RoPE of another form or at positions with gaps - goes its general way, in
-chunks.
+`attention.attend_store` asks here first, on GPUs and CPUs. What `attend_encoded` does not serve
+- pages of two ranks, a mask of the model's own, RoPE of another form or at positions with gaps, on
+a CPU a low-rank term - goes its general way, in chunks.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ from kvsmith.kernels.attend_encoded.api import (
     Rope,
     Window,
     attend_encoded,
-    unsupported,
+    chosen,
 )
-from kvsmith.kernels.choice import preferred
 from kvsmith.kernels.partial import Partial
 from kvsmith.key_rotation import KeyRotation
 from kvsmith.regular import regular_rope, window_ids
@@ -53,10 +52,10 @@ def attend_step(
         Partial with out [B, Hq, T, Dv], without the learned sink of `scores`; None where the
         general way is to be gone.
     """
-    if preferred(q.device) == "reference" or not _serves(q, store, mask, rotate):
+    if not _serves(q, store, mask, rotate):
         return None
     body = store.body()
-    if unsupported(body, q.shape):
+    if (impl := chosen(body, q)) == "reference":
         return None
     assert isinstance(rotate, KeyRotation) and store.sinks is not None and store.recent is not None
     positions, tail = rotate.positions, store.length - store.body_end
@@ -80,7 +79,7 @@ def attend_step(
         rope=rope,
         first=store.padding,
         counts=positions.shared(("counts", *numbers, q.device), lambda: _sent(numbers, q.device)),
-        impl="triton",
+        impl=impl,
     )
 
 

@@ -4,7 +4,8 @@
 
 One step is what a model does a token and layer: store the new key and value, attend to everything.
 Shape: 32 query and 8 KV heads of 128 channels, batch 1, bfloat16, keys before RoPE with cosines of
-every chunk made anew. Ours is the reference path that users run without a GPU. DynamicCache and
+every chunk made anew. Ours is what users run without a GPU: C where a compiler is there, plain
+torch with KVSMITH_KERNELS=reference. DynamicCache and
 QuantizedCache (quanto, 4 bits, where optimum-quanto is installed) run their own update and torch's
 scaled_dot_product_attention; they get rotated keys, so RoPE of old keys costs them nothing.
 """

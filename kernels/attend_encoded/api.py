@@ -164,7 +164,8 @@ def attend_encoded(
         Partial with out [B, H * G, T, Dv] and lse [B, H * G, T], float32.
 
     Raises:
-        ValueError: the shapes do not fit, or `impl="triton"` cannot do it (`unsupported` says why).
+        ValueError: the shapes do not fit, or `impl` cannot do it (`unsupported` and
+            `native.unsupported` say why).
     """
     H = body.heads
     if q.shape[1] % H or q.shape[-1] != body.k.dim or sinks.k.shape[1] != H:
@@ -173,15 +174,30 @@ def attend_encoded(
     if rope is not None and body.k.factors is not None:
         # It was found after RoPE, or would have to be turned with every token.
         raise ValueError(explain("attend_encoded", "rope", "None beside a low-rank term", "given"))
-    if impl is None:
-        impl = "reference" if unsupported(body, q.shape) else preferred(q.device)
+    impl = impl or chosen(body, q)
     if impl == "reference":
         return reference.attend_encoded(q, body, sinks, recent, query, logits, rope, first)
-    if why := unsupported(body, q.shape):
-        raise ValueError(explain("attend_encoded", "impl", "one that supports this layer", why))
-    from kvsmith.kernels.attend_encoded import launch
+    # Both need what is defined here.
+    from kvsmith.kernels.attend_encoded import launch, native
 
+    why = unsupported(body, q.shape)
+    if impl == "native":
+        why = why or native.unsupported(body, q)
+    if why:
+        raise ValueError(explain("attend_encoded", "impl", "one that supports this layer", why))
+    if impl == "native":
+        return native.attend_encoded(q, body, sinks, recent, query, logits, rope, first)
     return launch.attend_encoded(q, body, sinks, recent, query, logits, rope, first, counts)
+
+
+def chosen(body: Body, q: torch.Tensor) -> Impl:
+    """The implementation that runs where none is asked for."""
+    from kvsmith.kernels.attend_encoded import native
+
+    if unsupported(body, q.shape):
+        return "reference"
+    wanted = preferred(q.device, native=True)
+    return "reference" if wanted == "native" and native.unsupported(body, q) else wanted
 
 
 def unsupported(body: Body, shape: Sequence[int]) -> str | None:
@@ -207,10 +223,10 @@ def tile_tokens(body: Body, backend: str = "cuda") -> int | None:
 
     Args:
         body: the layer.
-        backend: "cuda" or "hip".
+        backend: "cuda", "hip" or "cpu".
     """
     dim, bits = max(body.k.dim, body.v.dim), max(body.k.format.bits, body.v.format.bits)
-    if backend == "hip" or dim > 128:
+    if backend != "cuda" or dim > 128:
         most = 16
     else:
         most = 32 if bits == 3 or dim & (dim - 1) else 64

@@ -30,20 +30,19 @@ def attend_encoded(
     counts: torch.Tensor | None,
 ) -> Partial:
     """See `api.attend_encoded`."""
-    turned = body.k.turn is not None or body.v.turn is not None
-    if not turned:
+    if body.k.turn is None and body.v.turn is None:
         return _launch(q, body, sinks, recent, query, logits, rope, first, counts, True)
     # The dense windows are in another basis than the body: few tokens, attended apart.
     windows = attend_windows(q, sinks, recent, query, logits, rope, first)
     if body.k.turn is not None:
-        q = _turned(q, body.k.turn)
+        q = turned(q, body.k.turn)
     part = _launch(q, body, sinks, recent, query, logits, rope, first, counts, False)
     if body.v.turn is not None:
-        part = Partial(_turned(part.out, body.v.turn.mT), part.lse)
+        part = Partial(turned(part.out, body.v.turn.mT), part.lse)
     return part.merge(windows)
 
 
-def _turned(x: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
+def turned(x: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
     """[B, Hq, T, D] times the matrix of each KV head, [H or 1, D, D]."""
     grouped = x.float().unflatten(1, (len(turn), -1))
     return (grouped @ turn[:, None]).flatten(1, 2).to(x.dtype)

@@ -1,5 +1,6 @@
 """A decode step needs the stored bytes and one chunk; the chunk does not grow with the context."""
 
+import pytest
 import torch
 
 from kvsmith.attention import CHUNK_ELEMENTS
@@ -16,8 +17,10 @@ def _step_peak(tokens: int) -> int:
     return memory.peak
 
 
+@pytest.mark.parametrize("kernels", ["auto", "reference"])
 @torch.inference_mode()
-def test_memory_of_a_step_is_one_chunk():
+def test_memory_of_a_step_is_one_chunk(kernels, monkeypatch):
+    monkeypatch.setenv("KVSMITH_KERNELS", kernels)
     short, long = _step_peak(2048), _step_peak(8192)
     # Keys and values of a chunk in float32, their codes, indices and logits.
     chunk = 4 * 2 * CHUNK_ELEMENTS

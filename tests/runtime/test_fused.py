@@ -6,6 +6,7 @@ import torch
 import kvsmith.attention
 import kvsmith.fused
 from kvsmith.hf import make_cache
+from kvsmith.kernels.attend_encoded.native import library
 from kvsmith.kernels.choice import preferred
 from kvsmith.kernels.encode_pack import api as encode
 from kvsmith.spec import NUQ, CacheSpec, CodecSpec, LowRank, TensorCodec, TopK, Uniform
@@ -89,6 +90,23 @@ def test_steps_agree(family, codec, padded, steps, monkeypatch):
     assert (got - want)[:, max(real, STEPS[0]) :].abs().max() < 1e-3 * want.std()
 
 
+@pytest.mark.skipif(library(16, 16) is None, reason="no C compiler")
+@pytest.mark.parametrize(
+    ("family", "codec", "padded"),
+    [("llama", "pre", True), ("llama", "kivi", False), ("mistral", "post", True)],
+)
+def test_steps_agree_on_a_cpu(family, codec, padded, steps, monkeypatch):
+    model, ids, mask = build(family), torch.randint(3, 97, (2, sum(STEPS))), None
+    if padded:
+        mask = torch.ones_like(ids)
+        mask[1, :37] = 0
+    got = logits(model, CODECS[codec], ids, mask, monkeypatch, "auto")
+    assert steps.count(True) == model.config.num_hidden_layers * (len(STEPS) - 1)
+    want = logits(model, CODECS[codec], ids, mask, monkeypatch, "reference")
+    # Codes agree but where a key lies on a boundary; attention differs by rounding.
+    assert (got - want)[:, STEPS[0] :].abs().max() < 1e-3 * want.std()
+
+
 @pytest.mark.parametrize("mode", [{}, {"num_beams": 2}])
 def test_generate_runs_on_the_kernel(mode, steps, monkeypatch):
     model, ids = build("llama"), torch.randint(3, 97, (1, 60))
@@ -132,6 +150,7 @@ def test_the_environment_chooses(monkeypatch):
     for value, want in (("auto", "reference"), ("triton", "triton"), ("reference", "reference")):
         monkeypatch.setenv("KVSMITH_KERNELS", value)
         assert preferred(device) == want
+        assert preferred(device, native=True) == ("native" if value == "auto" else want)
     monkeypatch.setenv("KVSMITH_KERNELS", "cuda")
     with pytest.raises(ValueError, match="KVSMITH_KERNELS must be auto, triton or reference, got"):
         preferred(device)

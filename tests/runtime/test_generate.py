@@ -166,6 +166,7 @@ def test_no_dense_copy_of_the_cache_is_made(monkeypatch):
     import kvsmith.attention as attention
     from kvsmith.store import LayerStore
 
+    monkeypatch.setenv("KVSMITH_KERNELS", "reference")  # the other reads pages in place
     monkeypatch.setattr(attention, "CHUNK_ELEMENTS", 1 << 12)
     sizes = []
     original = LayerStore._decode
