@@ -13,11 +13,16 @@ from kvsmith.eviction.policy import KeepAll
 from kvsmith.pipeline.config import DebugConfig, experiments, output_path
 from kvsmith.pipeline.data import DataConfig, PydocsData
 from kvsmith.pipeline.less.options import EvictionChoice, LessTraining
-from kvsmith.pipeline.less.run import predict, train_less
-from kvsmith.pipeline.log import LoggerConfig, Run
+from kvsmith.pipeline.less.run import predict as predict_less
+from kvsmith.pipeline.less.run import train_less
+from kvsmith.pipeline.log import LoggerConfig, NoLogger, Run
 from kvsmith.pipeline.model import ModelConfig
+from kvsmith.pipeline.ranks import world_size
+from kvsmith.pipeline.stage import write_json
 from kvsmith.pipeline.training.division import Division
 from kvsmith.pipeline.training.owner_map import Measured
+from kvsmith.pipeline.training.plan import Optim
+from kvsmith.pipeline.training.predict import predict
 from kvsmith.pipeline.training.pretrain import Pretrain, pretrain
 from kvsmith.pipeline.training.uptrain import Uptrain, uptrain
 from kvsmith.pipeline.workers import start_workers
@@ -43,7 +48,8 @@ class TrainConfig:
         work: folder of unfinished runs.
         overwrite: replace a finished model of another configuration.
         pieces: in which a process computes its rows of a batch, to need less memory; not of states.
-        dry_run: with `less`, say what training will take, and do nothing.
+        dry_run: say what training will take, and keep nothing: with `less` by arithmetic, else from
+            a few steps that go the whole way.
         logger: where scalars go.
         debug: `debug=smoke` trains a toy for seconds.
     """
@@ -84,13 +90,14 @@ def run(cfg: TrainConfig, folder: Path) -> None:
             raise ValueError(explain("train", "less", f"left out with {given}", "both", remedy))
         _train_less(cfg, cfg.less, folder)
         return
-    if cfg.dry_run:
-        raise ValueError(explain("dry_run", "training", "of states, less=...", "another"))
     if cfg.pretrain is None and not sharing:
         names = [*experiments("pretrain"), *experiments("cla")]
         listed = ", ".join(f"experiment={name}" for name in names)
         expected = f"chosen: {listed}; or cla=factor2; or less=h2o_budget512"
         raise ValueError(explain("train", "experiment", expected, "none"))
+    if cfg.dry_run:
+        _predict(cfg, folder)
+        return
     workers = start_workers(cfg.model)
     sharded = workers.count > 1 and os.environ.get("ACCELERATE_USE_FSDP") == "true"
     division = Division(workers, cfg.pieces, sharded)
@@ -99,6 +106,31 @@ def run(cfg: TrainConfig, folder: Path) -> None:
         _pretrain(cfg, cfg.pretrain, folder, division)
     else:
         _uptrain(cfg, folder, division)
+
+
+def _predict(cfg: TrainConfig, folder: Path) -> None:
+    """Say what a training of weights would take; leaves the prediction in `folder`."""
+    if (count := world_size()) > 1:
+        remedy = "Start it without torchrun."
+        raise ValueError(explain("dry_run", "processes", "1", count, remedy))
+
+    def train(optim: Optim, place: Path, division: Division) -> Path:
+        output = place / "model"
+        quiet = replace(cfg, output=str(output), work=str(place / "work"), logger=NoLogger())
+        if cfg.pretrain is not None:
+            _pretrain(quiet, replace(cfg.pretrain, optim=optim), place, division)
+        else:
+            short = replace(quiet, uptrain=replace(cfg.uptrain, optim=optim))
+            _uptrain(short, place, division)
+        return output
+
+    what = cfg.uptrain if cfg.pretrain is None else cfg.pretrain
+    if cfg.debug.smoke:
+        raise ValueError(explain("dry_run", "value", "false with debug=smoke", "true"))
+    prediction = predict(what.optim, cfg.pieces, train)
+    write_json(folder / "prediction.json", prediction)
+    with Run(None) as log:
+        log.say(str(prediction))
 
 
 def _pretrain(cfg: TrainConfig, what: Pretrain, folder: Path, division: Division) -> None:
@@ -141,7 +173,7 @@ def _train_less(cfg: TrainConfig, less: LessTraining, folder: Path) -> None:
     assert cfg.codec is not None  # the configuration has a default
     if cfg.dry_run:
         with Run(None) as log:
-            for line in predict(less, cfg.model, cfg.codec, cfg.eviction):
+            for line in predict_less(less, cfg.model, cfg.codec, cfg.eviction):
                 log.say(line)
         return
     smoke = cfg.debug.smoke

@@ -57,11 +57,15 @@ class Quiet(Run):
 
     Args:
         label: of the loop.
+        folder: for scalars, which are kept; None keeps none.
+        times: to add to.
     """
 
-    def __init__(self, label: str) -> None:
-        super().__init__(None, quiet=True)
-        self.label, self.times = label, list[float]()
+    def __init__(
+        self, label: str, folder: Path | None = None, times: list[float] | None = None
+    ) -> None:
+        super().__init__(folder, quiet=True)
+        self.label, self.times = label, [] if times is None else times
 
     def say(self, text: str) -> None:
         pass

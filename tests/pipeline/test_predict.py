@@ -18,6 +18,8 @@ from kvsmith.pipeline.evaluate import run as evaluate
 from kvsmith.pipeline.evaluation.options import Options, RecallOptions, WindowOptions
 from kvsmith.pipeline.evaluation.predict import factors, sample
 from kvsmith.pipeline.log import peak_memory
+from kvsmith.pipeline.train import TrainConfig
+from kvsmith.pipeline.train import run as train
 from tests.micro_model import write_model, write_text
 
 FACTOR = 4.0  # of time: the machine may be busy with other things in one of the two runs
@@ -80,3 +82,36 @@ def test_what_the_sample_leaves_out_is_multiplied() -> None:
     few = sample(whole)
     assert (few.windows.count, few.greedy.new_tokens, few.speed.repeats) == (1, 16, 1)
     assert factors(few, 1) == (1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
+
+
+@pytest.mark.parametrize("kind", ["cla=factor2", "experiment=pretrain_tiny"])
+def test_a_training_is_predicted_and_nothing_is_kept(
+    tmp_path: Path, micro_llama: Callable[..., Any], capsys: Any, kind: str
+) -> None:
+    write_model(tmp_path / "micro", micro_llama)
+    write_text(tmp_path / "text.txt", 30_000)
+    given = [f"model.path={tmp_path}/micro", "data=textfile", f"data.path={tmp_path}/text.txt"]
+    given += [kind, f"output={tmp_path}/out", f"work={tmp_path}/work", "data.piece_chars=100"]
+    where = "uptrain" if kind.startswith("cla") else "pretrain"
+    length = "[{share: 0.5, length: 32}, {share: 0.5, length: 64}]"
+    sizes = ["tokens=12800", "batch_tokens=128", f"phases={length}", "compile=false"]
+    sizes += ["warmup_steps=1", "checkpoint_steps=50", "eval_steps=50", "eval_windows=2"]
+    given += [f"{where}.optim.{s}" for s in sizes]
+    if where == "uptrain":
+        given.append("uptrain.fit_windows=2")
+    else:
+        arch = ["vocab_size=300", "hidden_size=32", "layers=2", "heads=2", "kv_heads=1"]
+        arch += ["head_dim=16", "mlp_size=64", "context=64"]
+        given += [f"pretrain.arch.{s}" for s in arch]
+    cfg = load(TrainConfig, "train", given)
+    train(replace(cfg, dry_run=True), tmp_path / "dry")
+    assert "predicted: 0:" in capsys.readouterr().out
+    assert {p.name for p in tmp_path.iterdir()} == {"micro", "text.txt", "dry"}
+    predicted = json.loads((tmp_path / "dry" / "prediction.json").read_text())
+    began = time.monotonic()
+    train(cfg, tmp_path / "log")
+    seconds = time.monotonic() - began
+    assert 1 / FACTOR < predicted["seconds"] / seconds < FACTOR
+    disk = sum(p.stat().st_size for p in (tmp_path / "out").rglob("*") if p.is_file())
+    assert 0.9 * disk < predicted["disk"] < 1.1 * disk < predicted["disk_peak"]
+    assert 1 / MEMORY < predicted["memory"] / peak_memory() < MEMORY
