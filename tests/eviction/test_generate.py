@@ -63,10 +63,18 @@ def test_memory_stays_while_the_sequence_grows(rows, policy, codec):
     assert seen[-1].body < everything.body
 
 
-@pytest.mark.parametrize("policy", [Lambda(40), H2O(40), TOVA(40)], ids=lambda p: p.kind)
-def test_padding_does_not_change_a_row(policy, ids):
+@pytest.mark.parametrize(
+    ("family", "policy"),
+    [
+        *(("llama", policy) for policy in (Lambda(40), H2O(40, aging=1.0), TOVA(40))),
+        ("falcon-rope", H2O(40)),
+        ("falcon-alibi-mqa", H2O(40)),
+    ],
+    ids=lambda x: getattr(x, "kind", x),
+)
+def test_padding_does_not_change_a_row(family, policy, ids):
     """Leaving token by token, a row says the same alone and padded in a batch."""
-    model = build("llama")
+    model = build(family)
     options = {"do_sample": False, "max_new_tokens": 30, "pad_token_id": 0}
     long, short = ids[:1, :60], ids[1:, :43]
     batch = torch.cat([long, torch.cat([torch.zeros(1, 17, dtype=torch.long), short], 1)])
