@@ -365,7 +365,6 @@ def test_batches_that_cannot_be_divided_are_one_line(place: Path) -> None:
         ([], r"cla=factor2; or less=h2o_budget512"),
         (["cla=factor2", "less=h2o_budget512"], "left out with cla"),
         (["experiment=cla_pretrain", "less=h2o_budget512"], "left out with experiment"),
-        (["cla=factor2", "dry_run=true"], "dry_run"),
         (["experiment=cla_pretrain", "cla=measured"], "known before training"),
         (["experiment=cla_pretrain", "cla=map", "cla.owner=[0,2,2,2,4,4]"], "earlier layer"),
     ],
