@@ -31,6 +31,7 @@ def sample(o: Options) -> Options:
         recall=replace(o.recall, texts=1, depths=DEPTHS),
         speed=replace(o.speed, repeats=1),
         questions=replace(o.questions, path=None),
+        summaries=replace(o.summaries, path=None),
     )
 
 
@@ -77,10 +78,10 @@ def factors(o: Options, windows: int) -> tuple[float, ...]:
     """How often each part of the sample is in the whole, in the order of `Measuring`."""
     greedy = o.greedy.prompts * o.greedy.new_tokens / min(o.greedy.new_tokens, NEW_TOKENS)
     keys = o.recall.texts * len(o.recall.depths) / len(DEPTHS)
-    return (1.0, float(windows), greedy, greedy, keys, float(o.recall.texts), 1.0)
+    return (1.0, float(windows), greedy, greedy, keys, float(o.recall.texts), 1.0, 1.0)
 
 
 def _tokens(o: Options) -> int:
-    """Tokens decoded one at a time that the sample leaves out: timed ones, and of answers."""
-    timed = (o.speed.repeats - 1) * o.speed.tokens
-    return timed + (o.questions.count * o.questions.new_tokens if o.questions.path else 0)
+    """Tokens decoded one at a time that the sample leaves out: timed, answers, summaries."""
+    written = [q.count * q.new_tokens for q in (o.questions, o.summaries) if q.path]
+    return (o.speed.repeats - 1) * o.speed.tokens + sum(written)

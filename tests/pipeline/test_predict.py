@@ -78,10 +78,10 @@ def test_an_evaluation_is_predicted_and_nothing_is_kept(
 
 def test_what_the_sample_leaves_out_is_multiplied() -> None:
     whole = Options(recall=RecallOptions(texts=3, depths=(0.1, 0.5, 0.9)))
-    assert factors(whole, 16) == (1.0, 16.0, 64.0, 64.0, 4.5, 3.0, 1.0)
+    assert factors(whole, 16) == (1.0, 16.0, 64.0, 64.0, 4.5, 3.0, 1.0, 1.0)
     few = sample(whole)
     assert (few.windows.count, few.greedy.new_tokens, few.speed.repeats) == (1, 16, 1)
-    assert factors(few, 1) == (1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
+    assert factors(few, 1) == (1.0,) * 8
 
 
 @pytest.mark.parametrize("kind", ["cla=factor2", "experiment=pretrain_tiny"])
