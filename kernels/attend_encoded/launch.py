@@ -165,6 +165,7 @@ def constants(
     from kvsmith.kernels.attend_encoded.triton import STORE
 
     fmt, D, DV = body.k.format, body.k.dim, body.v.dim
+    dense_factors = any(f is not None and not f.bits for f in (body.k.factors, body.v.factors))
     out: dict[str, Any] = {
         "H": body.heads,
         "R": R,
@@ -177,7 +178,8 @@ def constants(
         "HALF_V": max(16, power(DV // 2)),
         "PAGE": body.page_size,
         "BLOCK": fmt.block,
-        "EC": CORRECTIONS,
+        # Half where registers would spill.
+        "EC": CORRECTIONS // 2 if max(D, DV) > 128 or dense_factors else CORRECTIONS,
         "SINKS": room[0],
         "ROOM": room[1],
         "PRECISION": "ieee" if backend == "hip" else "tf32",
