@@ -58,7 +58,7 @@ def recoveries(rows: Sequence[Row]) -> list[str]:
         wider = by_name.get(_name(row.candidate, replace(widened(spec), less=None)))
         if alone is None:
             continue
-        text = f"{row.name}: {_share(row, alone, full)} of the loss under eviction recovered"
+        text = f"{row.name}: of the loss under eviction {_share(row, alone, full)} recovered"
         if wider is not None:
             text += f"; {MORE} more tokens: {_share(wider, alone, full)}"
         speed = row.found.footprint.tokens_per_second / alone.found.footprint.tokens_per_second
@@ -71,7 +71,7 @@ def _share(row: Row, alone: Row, full: Row) -> str:
     losses = [r.found.fidelity.window_nll for r in (row, alone, full)]
     gap, gain = paired(losses[1], losses[2]), paired(losses[1], losses[0])
     if gap.mean <= 0:
-        return "nothing to recover"
+        return "(there is none) nothing"
     doubt = "" if gain.se is None else f" +- {100 * gain.se / gap.mean:.0f}"
     return f"{100 * gain.mean / gap.mean:.0f} %{doubt}"
 
