@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from functools import cache
+from importlib.util import find_spec
 from typing import Literal
 
 import torch
@@ -32,6 +34,12 @@ def preferred(device: torch.device, native: bool = False) -> Impl:
         return "reference"
     if wanted != "auto":
         raise ValueError(explain("environment", VARIABLE, "auto, triton or reference", wanted))
-    if device.type == "cuda":
+    if device.type == "cuda" and has_triton():
         return "triton"
     return "native" if native and device.type == "cpu" else "reference"
+
+
+@cache
+def has_triton() -> bool:
+    """Whether the triton package is installed; not every build of torch for GPUs brings it."""
+    return find_spec("triton") is not None

@@ -6,6 +6,7 @@ import torch
 import kvsmith.attention
 import kvsmith.fused
 from kvsmith.hf import make_cache
+from kvsmith.kernels import choice
 from kvsmith.kernels.attend_encoded.native import library
 from kvsmith.kernels.choice import preferred
 from kvsmith.kernels.encode_pack import api as encode
@@ -151,6 +152,10 @@ def test_the_environment_chooses(monkeypatch):
         monkeypatch.setenv("KVSMITH_KERNELS", value)
         assert preferred(device) == want
         assert preferred(device, native=True) == ("native" if value == "auto" else want)
+    monkeypatch.setenv("KVSMITH_KERNELS", "auto")
+    for installed, want in ((True, "triton"), (False, "reference")):
+        monkeypatch.setattr(choice, "has_triton", lambda found=installed: found)
+        assert preferred(torch.device("cuda")) == want
     monkeypatch.setenv("KVSMITH_KERNELS", "cuda")
     with pytest.raises(ValueError, match="KVSMITH_KERNELS must be auto, triton or reference, got"):
         preferred(device)
