@@ -31,6 +31,9 @@ STATE_BYTES = {"float16": (2, 0), "float32": (4, 0), "int8": (1, 4)}
 class CacheBytes:
     """Bytes of a cache by what they hold.
 
+    Not counted is what kernels are told beside the tokens: the address of each page (8 bytes, room
+    for 64 at least) and the frequencies of RoPE, once the first step has been decoded.
+
     Attributes:
         body: pages of encoded tokens.
         windows: dense sinks and recent tokens.
