@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cache
 from statistics import NormalDist
 
@@ -124,6 +125,15 @@ class Codec:
             self.tables = self.tables.to(device)
         if self.rotation is not None:
             self.rotation = self.rotation.to(device)
+
+    def map_channels(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Have tokens come with their channels in another order: `change` puts [H, D] into it."""
+        if self.is_identity:
+            return
+        scale, zero = (
+            None if t is None else change(t) for t in (self.tables.scale, self.tables.zero)
+        )
+        self.tables = replace(self.tables, scale=scale, zero=zero)
 
     def tensors(self) -> list[torch.Tensor]:
         """Tables that it holds."""

@@ -1,8 +1,8 @@
 """A decoding step of one layer as a single operation, where the kernel knows all about the layer.
 
 `attention.attend_store` asks here first, on GPUs and CPUs. What `attend_encoded` does not serve
-- pages of two ranks, a mask of the model's own, RoPE of another form or at positions with gaps, on
-a CPU a low-rank term - goes its general way, in chunks.
+- pages of two ranks, a mask of the model's own, RoPE at positions with gaps, on a CPU a low-rank
+term - goes its general way, in chunks.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ def attend_step(
     at: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
     if rotate.source is not None:
         stop, padding = store.body_end, store.padding
-        rope = regular_rope(positions, rotate.source, stop, padding, q)
+        assert rotate.pairing is not None
+        rope = regular_rope(positions, rotate.source, stop, padding, q, rotate.pairing)
         if rope is None:
             return None
         room = store.recent[0].shape[2]

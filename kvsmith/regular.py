@@ -11,6 +11,7 @@ import math
 import torch
 
 from kvsmith.kernels.attend_encoded.api import Rope
+from kvsmith.pairing import Pairing
 from kvsmith.rope import Positions, RotarySource, TableSource
 from kvsmith.sinks import sink_columns
 
@@ -21,6 +22,7 @@ def regular_rope(
     stop: int,
     padding: torch.Tensor | None,
     q: torch.Tensor,
+    pairing: Pairing,
 ) -> Rope | None:
     """RoPE of the columns before `stop`, as the kernel takes it.
 
@@ -29,7 +31,8 @@ def regular_rope(
         source: makes cos and sin.
         stop: columns that matter, at least 1.
         padding: [B] int64, left padding, whose ids do not matter; None for none.
-        q: [B, Hq, T, D] the queries, of whose channels d and d + D/2 turn together.
+        q: [B, Hq, T, D] the queries.
+        pairing: their pairs.
 
     Returns:
         None where ids have gaps, or the frequencies change or cannot be told.
@@ -37,9 +40,11 @@ def regular_rope(
     if positions.epochs or isinstance(source, TableSource):
         return None
     shift, (rows, _, _, dim) = _shift(positions, stop, padding), q.shape
-    if (source, q.device) not in positions.turns:
-        positions.turns[source, q.device] = _turns(source, dim, positions.pages[0].device, q.device)
-    found = positions.turns[source, q.device]
+    key = (source, dim, q.device)
+    if key not in positions.turns:
+        found = _turns(source, pairing, positions.pages[0].device)
+        positions.turns[key] = found and (found[0].to(q.device), found[1])
+    found = positions.turns[key]
     if shift is None or found is None:
         return None
     own = positions.shared(("shift", stop, q.device), lambda: shift.to(q.device))
@@ -119,22 +124,26 @@ def _look(
 
 
 def _turns(
-    source: RotarySource | TableSource, dim: int, device: torch.device, wanted_on: torch.device
+    source: RotarySource | TableSource, pairing: Pairing, device: torch.device
 ) -> tuple[torch.Tensor, float] | None:
-    """[D / 2] float64 revolutions a position, on `wanted_on`, and the factor on rotated keys.
+    """[D / 2] float64 revolutions a position of each pair, and the factor on rotated keys.
 
     Read from the module, whose frequencies are exact, and checked against what it makes of
     positions 0 and 1.
     """
     assert isinstance(source, RotarySource)
-    ids = torch.tensor([[0, 1]], device=device)
-    cos, sin = (x[0, :, : dim // 2].double() for x in source(ids, torch.float32))
-    scale = float(cos[0, 0])
+    cos, sin = (x[0].double() for x in source(torch.tensor([[0, 1]], device=device), torch.float32))
+    scale, width = float(cos[0, 0]), cos.shape[-1]
+    if scale != 1 and bool((pairing.entry == width).any()):
+        return None  # on rotated channels alone
     for name, buffer in source.module.named_buffers():
-        if not name.endswith("inv_freq") or "original" in name or buffer.numel() != dim // 2:
+        if not name.endswith("inv_freq") or "original" in name or width % buffer.numel():
             continue
-        angle = buffer.double().flatten().to(device)
-        wanted = scale * torch.stack([angle.cos(), angle.sin()])
-        if torch.allclose(torch.stack([cos[1], sin[1]]), wanted, rtol=0, atol=1e-6 * abs(scale)):
-            return (angle / (2 * math.pi)).to(wanted_on), scale
+        angle, times = buffer.double().flatten().to(device), width // buffer.numel()
+        # An entry each, or two, side by side or half of the width apart.
+        for entries in (angle.repeat(times), angle.repeat_interleave(times)):
+            wanted = scale * torch.stack([entries.cos(), entries.sin()])
+            got = torch.stack([cos[1], sin[1]])
+            if torch.allclose(got, wanted, rtol=0, atol=1e-6 * abs(scale)):
+                return pairing.of(entries, 0.0) / (2 * math.pi), scale
     return None

@@ -2,8 +2,9 @@
 made when needed.
 
 Keys are stored before RoPE. At attention time the model's own rotary module turns stored position
-ids into cos and sin, and the model's own rotary function applies them, so half-split, interleaved,
-partial, linear, llama3 and YaRN variants need no code here. Dynamic and LongRoPE modules change
+ids into cos and sin, and the model's own rotary function applies them, or tells which channels it
+turns (`kvsmith.pairing`), so half-split, interleaved, partial, linear, llama3 and YaRN variants need
+no code here. Dynamic and LongRoPE modules change
 their frequencies as a text grows; a token keeps those of the step that stored it, as it does in a
 cache of rotated keys.
 """
@@ -168,8 +169,8 @@ class Positions:
         epochs: (first column, frequencies from there on), for models that change them.
         regular: (columns looked at, position id minus column [rows] where that is one number a
             row); see `kvsmith.regular`.
-        turns: by source and device, revolutions a position and scale; None where they cannot be
-            told.
+        turns: by source, head dim and device, revolutions a position and scale; None where they
+            cannot be told.
     """
 
     page_size: int

@@ -25,6 +25,7 @@ from kvsmith.kernels.low_rank.api import LowRankTerm
 from kvsmith.layout import page_layout
 from kvsmith.page_table import PageTable
 from kvsmith.pages import Page, new_page, read, read_low_rank, write
+from kvsmith.pairing import Pairing
 from kvsmith.sinks import Pair, empty_pair, sink_columns, write_sinks
 from kvsmith.spec import CodecSpec
 
@@ -34,12 +35,12 @@ class Segment:
     """Some tokens of a layer, dense.
 
     Attributes:
-        k: [B, H, C, D] keys in the stored domain.
+        k: [B, H, C, D] keys in the stored domain and order of channels.
         v: [B, H, C, Dv] values.
         start: first column where the segment is one range of columns, else None.
         columns: [B, C] int64 columns where each row has its own, else None.
         k_order, v_order: [D] int64, the channel at each place where they leave in tile order (see
-            `decode_tiles`); None in natural order.
+            `decode_tiles`); None in the order in which they were encoded.
         k_turn, v_turn: [H or 1, D, D] rotation that is still on them; None for none.
         k_low, v_low: low-rank terms that k and v lack, channels in the same order; None for none.
     """
@@ -65,6 +66,9 @@ class LayerStore:
         page_size: tokens of a page.
         k: codec of the keys.
         v: codec of the values.
+
+    Attributes:
+        pairing: in whose order the channels of keys lie; None for natural order.
     """
 
     def __init__(
@@ -72,7 +76,17 @@ class LayerStore:
     ) -> None:
         self.spec, self.geometry, self.page_size = spec, geometry, page_size
         self.codecs = (k, v)
+        self.pairing: Pairing | None = None
         self.clear()
+
+    def arrange(self, pairing: Pairing | None) -> None:
+        """Have keys lie in the order of these pairs, from the first token on."""
+        if pairing is None or self.pairing is not None:
+            return
+        assert self.length == 0
+        self.pairing = pairing
+        self.codecs[0].to(pairing.entry.device)
+        self.codecs[0].map_channels(pairing.arranged)
 
     def clear(self) -> None:
         """Forget every token and free the memory."""
@@ -124,7 +138,7 @@ class LayerStore:
         """Add tokens to every row.
 
         Args:
-            k: [B, H, T, D] keys in the stored domain.
+            k: [B, H, T, D] keys in the stored domain, channels in natural order.
             v: [B, H, T, Dv] values.
             padding: [B] int64, columns of left padding in each row as far as known; None for none.
 
@@ -132,6 +146,7 @@ class LayerStore:
             ValueError: the batch size or the heads differ from what is stored.
         """
         k, v = k.detach(), v.detach()
+        k = k if self.pairing is None else self.pairing.arranged(k)
         self._start(k, v)
         self._check(k)
         if padding is not None:

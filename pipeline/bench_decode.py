@@ -33,8 +33,9 @@ from kvsmith.attention import Scores, attend_store
 from kvsmith.codec import Codec, midpoints, normal_levels
 from kvsmith.fused import UNLIMITED
 from kvsmith.geometry import LayerGeometry
-from kvsmith.key_rotation import KeyRotation, turns_halves
+from kvsmith.key_rotation import KeyRotation
 from kvsmith.layout import DTYPES
+from kvsmith.pairing import find_pairing
 from kvsmith.rope import Positions, RotarySource, rotation_function
 from kvsmith.spec import NUQ, CodecSpec, StaticThreshold, TensorCodec, TopK
 from kvsmith.store import LayerStore
@@ -88,7 +89,8 @@ def ours(bits: int, fraction: float, k: torch.Tensor, v: torch.Tensor, q: torch.
     turn = rotation_function(LlamaAttention(CONFIG, 0))
     assert turn is not None
 
-    rotate = KeyRotation(positions, source, q.dtype, turn, turns_halves(turn, DIM))
+    pairing = find_pairing(turn, DIM, DIM, q.device)
+    rotate = KeyRotation(positions, source, q.dtype, turn, pairing)
     new_k, new_v = k[:, :, :1], v[:, :, :1]
 
     def step() -> object:

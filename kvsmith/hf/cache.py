@@ -63,6 +63,8 @@ class LayerHandle:
         if seam.deferred:
             q, k = seam.turn(q, seam.call.rope), seam.turn(k, self.rope)
         rotate = cache.rotation(seam, q.dtype)
+        if rotate.pairing is not None:
+            q, k = rotate.pairing.arranged(q), rotate.pairing.arranged(k)
         if isinstance(store, EvictingStore):
             reader = cache.geometry.readers(self.layer).index(seam.layer)
             out, mass = attend_kept(q, k, v, store, mask, rotate, scores, reader)
@@ -173,6 +175,8 @@ class KVCache(Cache, SeamCache):
                 )
             )
         stored = key_states if self._pre else seam.turn(key_states, seam.call.rope)
+        if self._pre and isinstance(store, LayerStore):
+            store.arrange(seam.pairing(key_states))
         store.append(stored, value_states, getattr(seam.call.mask, "padding", None))
         handed = key_states.view_as(key_states)
         setattr(handed, HANDLE, LayerHandle(self, layer_idx, before, seam.call.rope))
@@ -217,8 +221,9 @@ class KVCache(Cache, SeamCache):
         call = seam.call
         assert call is not None
         source = call.source if self._pre and seam.uses_rope else None
-        halves = source is None or seam.turns_halves(self.geometry.layers[seam.layer].k_dim)
-        return KeyRotation(self.positions, source, dtype, seam.rotate, halves)
+        store = self.stores[self.geometry.owner[seam.layer]]
+        pairing = store.pairing if isinstance(store, LayerStore) else None
+        return KeyRotation(self.positions, source, dtype, seam.rotate, pairing)
 
     def note(self, layer: int, mass: torch.Tensor | None) -> None:
         """Add up what the tokens of `layer` received from the layers that read them."""

@@ -26,7 +26,7 @@ from kvsmith.attention import Mask, Scores
 from kvsmith.errors import explain
 from kvsmith.hf.geometry import geometry
 from kvsmith.hf.masks import LazyMask, TensorMask, make_mask
-from kvsmith.key_rotation import turns_halves
+from kvsmith.pairing import Pairing, find_pairing
 from kvsmith.rope import (
     CosSin,
     Frequencies,
@@ -228,11 +228,14 @@ class Seam:
             return x
         return self.rotate(x, *rope).to(x.dtype)
 
-    def turns_halves(self, dim: int) -> bool:
-        """Whether this module turns channels d and d + D/2 of its keys together, all of them."""
-        if self.call is None or self.call.rope is None or self.rotate is None:
-            return False
-        return self.call.rope[0].shape[-1] == dim and turns_halves(self.rotate, dim)
+    def pairing(self, k: torch.Tensor) -> Pairing | None:
+        """Which channels of keys [B, H, T, D] this module turns together; None where it turns none,
+        or that cannot be told.
+        """
+        rope = None if self.call is None else self.call.rope
+        if rope is None or self.rotate is None or not self.uses_rope:
+            return None
+        return find_pairing(self.rotate, k.shape[-1], rope[0].shape[-1], k.device)
 
 
 class _Probe(torch.Tensor):

@@ -5,12 +5,25 @@ import torch
 
 import kvsmith.attention
 import kvsmith.fused
+import kvsmith.hf.seam
+from kvsmith.codec import midpoints, normal_levels
 from kvsmith.hf import make_cache
+from kvsmith.hf.geometry import geometry
 from kvsmith.kernels import choice
 from kvsmith.kernels.attend_encoded.native import library
 from kvsmith.kernels.choice import preferred
 from kvsmith.kernels.encode_pack import api as encode
-from kvsmith.spec import NUQ, CacheSpec, CodecSpec, LowRank, TensorCodec, TopK, Uniform
+from kvsmith.spec import (
+    NUQ,
+    CacheSpec,
+    CodecSpec,
+    Identity,
+    LowRank,
+    StaticThreshold,
+    TensorCodec,
+    TopK,
+    Uniform,
+)
 from tests.runtime.models import build, run
 
 NF = TensorCodec(NUQ(bits=4, table="nf"), TopK(0.05))
@@ -69,11 +82,11 @@ def logits(model, spec, ids, mask, monkeypatch, kernels):
     [
         ("llama", "pre", True),
         ("llama", "post", True),
-        ("llama", "kivi", False),
+        ("cohere", "kivi", False),
         ("llama", "had", False),
         ("llama", "gear", True),
         ("mistral", "pre", True),
-        ("qwen3", "pre", False),
+        ("glm", "pre", True),
     ],
 )
 def test_steps_agree(family, codec, padded, steps, monkeypatch):
@@ -94,7 +107,14 @@ def test_steps_agree(family, codec, padded, steps, monkeypatch):
 @pytest.mark.skipif(library(16, 16) is None, reason="no C compiler")
 @pytest.mark.parametrize(
     ("family", "codec", "padded"),
-    [("llama", "pre", True), ("llama", "kivi", False), ("mistral", "post", True)],
+    [
+        ("llama", "pre", True),
+        ("llama", "kivi", False),
+        ("mistral", "post", True),
+        *((family, "pre", True) for family in ("phi", "stablelm", "gpt_neox", "glm", "cohere")),
+        ("cohere2", "kivi", False),
+        ("gpt_oss", "pre", False),
+    ],
 )
 def test_steps_agree_on_a_cpu(family, codec, padded, steps, monkeypatch):
     model, ids, mask = build(family), torch.randint(3, 97, (2, sum(STEPS))), None
@@ -106,6 +126,50 @@ def test_steps_agree_on_a_cpu(family, codec, padded, steps, monkeypatch):
     want = logits(model, CODECS[codec], ids, mask, monkeypatch, "reference")
     # Codes agree but where a key lies on a boundary; attention differs by rounding.
     assert (got - want)[:, STEPS[0] :].abs().max() < 1e-3 * want.std()
+
+
+CALIBRATED = TensorCodec(NUQ(bits=4, axis="channel", range="calibrated"), StaticThreshold(0.05))
+IDENTITY = TensorCodec(Identity())
+
+
+def ranges(layers, heads, dim):
+    """Parameters of `CALIBRATED` keys; every channel has a range of its own."""
+    lut = normal_levels(4)
+    table, width = {"lut": lut, "edges": midpoints(lut)}, torch.arange(1.0, heads * dim + 1)
+    table |= {"scale": width.view(heads, dim) / 32 + 0.2, "zero": width.view(heads, dim) / 200}
+    return {f"layers.{i}.k.{n}": t for i in range(layers) for n, t in table.items()}
+
+
+@pytest.mark.skipif(library(16, 16) is None, reason="no C compiler")
+@pytest.mark.parametrize("family", ["phi", "stablelm", "gpt_neox", "glm", "cohere"])
+@pytest.mark.parametrize(
+    ("codec", "kernels"),
+    [(CALIBRATED, "auto"), (CALIBRATED, "reference"), (IDENTITY, "auto")],
+    ids=["kernel", "tiles", "dense"],
+)
+def test_the_order_of_a_keys_channels_is_free(family, codec, kernels, steps, monkeypatch):
+    model, ids = build(family), torch.randint(3, 97, (2, 84))
+    spec = CacheSpec(CodecSpec(codec, NF, recent=16), page_size=32)
+    shape = geometry(model.config).layers
+
+    def answer():
+        own = ranges(len(shape), shape[0].kv_heads, shape[0].k_dim)
+        cache = make_cache(model, spec, own if codec is CALIBRATED else {})
+        first = run(model, ids[:, :70], cache, (64, 6), None)
+        cache.crop(-20)  # into a block
+        return torch.cat([first, run(model, ids[:, 50:], cache, (1, 32, 1), None)], 1), cache
+
+    monkeypatch.setenv("KVSMITH_KERNELS", kernels)
+    got, cache = answer()
+    assert cache.stores[0].pairing.order is not None
+    assert any(steps) == (codec is CALIBRATED and kernels == "auto")
+    monkeypatch.setenv("KVSMITH_KERNELS", "reference")
+    monkeypatch.setattr(kvsmith.hf.seam, "find_pairing", lambda *_: None)
+    want, natural = answer()
+    assert natural.stores[0].pairing is None
+    assert natural.nbytes() == cache.nbytes()
+    # Sums in another order, and a key on the boundary of a code.
+    assert (got - want).abs().max() < 1e-3 * want.std()
 
 
 @pytest.mark.parametrize("mode", [{}, {"num_beams": 2}])
