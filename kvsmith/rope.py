@@ -2,11 +2,10 @@
 made when needed.
 
 Keys are stored before RoPE. At attention time the model's own rotary module turns stored position
-ids into cos and sin, and the model's own rotary function applies them, or tells which channels it
-turns (`kvsmith.pairing`), so half-split, interleaved, partial, linear, llama3 and YaRN variants need
-no code here. Dynamic and LongRoPE modules change
-their frequencies as a text grows; a token keeps those of the step that stored it, as it does in a
-cache of rotated keys.
+ids into cos and sin, and the model's own rotary function applies them, or has told which channels
+it turns (`kvsmith.pairing`), so half-split, interleaved, partial, linear, llama3 and YaRN variants
+need no code here. Dynamic and LongRoPE modules change their frequencies as a text grows; a token
+keeps those of the step that stored it, as it does in a cache of rotated keys.
 """
 
 from __future__ import annotations
