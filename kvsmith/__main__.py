@@ -56,7 +56,11 @@ def facts(bundle: Bundle) -> list[tuple[str, str]]:
         ("keys", f"{describe(codec.k)}, {codec.key_domain}-RoPE"),
         ("values", describe(codec.v)),
         *(
-            (f"layer {c.layer}", f"keys {describe(c.k)}; values {describe(c.v)}")
+            (
+                f"layer {c.layer}",
+                f"keys {describe(c.k)}; values {describe(c.v)}"
+                + ("" if c.recent is None else f"; {c.recent} newest tokens dense"),
+            )
             for c in codec.layers
         ),
         (

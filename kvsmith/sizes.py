@@ -124,7 +124,6 @@ def cache_bytes(
     """
     codec, page = spec.codec, spec.page_size
     evicting = evicting_layers(spec, geometry)
-    dense_tokens = codec.sinks + codec.recent + codec.block_size
     owners = Counter((geometry.layers[i], codec.at(i), i in evicting) for i in geometry.owners)
     lengths = (tokens, tokens if prompt is None else prompt)
     body = batch * sum(
@@ -132,8 +131,11 @@ def cache_bytes(
         for (g, c, evicts), n in owners.items()
         if not evicts
     )
-    elements = sum(n * g.elements for (g, _, evicts), n in owners.items() if not evicts)
-    windows = batch * dense_tokens * elements * dense.itemsize
+    windows = (batch * dense.itemsize) * sum(
+        n * g.elements * (c.sinks + c.recent + c.block_size)
+        for (g, c, evicts), n in owners.items()
+        if not evicts
+    )
     parameters = sum(t.nbytes for t in less_parameters(spec, geometry).values())
     for (g, c, _), n in owners.items():
         parameters += n * table_bytes(c.k, g.kv_heads, g.k_dim)

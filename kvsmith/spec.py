@@ -32,11 +32,13 @@ class LayerCodec:
         layer: its index.
         k: codec of the keys.
         v: codec of the values.
+        recent: newest tokens that are always dense; None for as many as elsewhere.
     """
 
     layer: int
     k: TensorCodec
     v: TensorCodec
+    recent: int | None = added_later(None)
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,8 @@ class CodecSpec:
         recent: newest tokens that are always dense.
         block_size: tokens that are encoded at once; up to `recent + block_size - 1` newest tokens
             are dense.
-        layers: layers with codecs of their own, by index; windows, domain and dtype are common.
+        layers: layers with codecs of their own, by index; sinks, block_size, domain and dtype are
+            common.
     """
 
     k: TensorCodec
@@ -78,6 +81,8 @@ class CodecSpec:
             where = f"codec.layers[{i}]"
             if own.layer < least:
                 raise ValueError(explain(f"{where}.layer", "index", f"at least {least}", own.layer))
+            if (recent := own.recent) is not None and recent < 0:
+                raise ValueError(explain(f"{where}.recent", "token count", "at least 0", recent))
             self._check_groups(own, where)
             least = own.layer + 1
 
@@ -118,7 +123,13 @@ class CodecSpec:
         if not self.layers:
             return self
         own = next((c for c in self.layers if c.layer == layer), self)
-        return replace(self, k=own.k, v=own.v, layers=())
+        recent = self.recent if own.recent is None else own.recent
+        return replace(self, k=own.k, v=own.v, recent=recent, layers=())
+
+    @property
+    def most_recent(self) -> int:
+        """The longest dense window of newest tokens that a layer has."""
+        return max([self.recent, *(c.recent for c in self.layers if c.recent is not None)])
 
     @property
     def takes_rotations(self) -> bool:
@@ -190,7 +201,7 @@ def _check_budget(codec: CodecSpec, policy: Policy) -> None:
     if codec.takes_rotations:
         expected, remedy = "hadamard where tokens are evicted", "Use rotation: hadamard."
         raise ValueError(explain("codec.rotation", "value", expected, "given", remedy))
-    least = codec.sinks + codec.recent + 2 * codec.block_size
+    least = codec.sinks + codec.most_recent + 2 * codec.block_size
     if policy.budget < least:
         remedy = "Raise the budget, or lower the codec's windows or block_size."
         expected = f"at least sinks + recent + 2 blocks of the codec = {least}"

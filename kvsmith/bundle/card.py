@@ -9,7 +9,7 @@ import torch
 
 from kvsmith.bundle.manifest import Manifest
 from kvsmith.sizes import bits_per_element
-from kvsmith.spec import Identity, StaticThreshold, TensorCodec
+from kvsmith.spec import CodecSpec, Identity, StaticThreshold, TensorCodec
 
 LENGTHS = {"1K": 2**10, "32K": 2**15, "1M": 2**20}
 # What evaluate.py measured and the card shows; the manifest holds all of it.
@@ -63,7 +63,7 @@ def model_card(manifest: Manifest) -> str:
         f"| keys | {describe(codec.k)}, {codec.key_domain}-RoPE |",
         f"| values | {describe(codec.v)} |",
         *_own_layers(manifest),
-        f"| dense | the first {codec.sinks} tokens and the newest {_newest(manifest)} |",
+        f"| dense | the first {codec.sinks} tokens and the newest {_newest(codec, codec.recent)} |",
         f"| model | {layers} |",
         "",
         *_sizes(manifest),
@@ -118,17 +118,20 @@ def _front_matter(model: str) -> list[str]:
     ]
 
 
-def _newest(manifest: Manifest) -> str:
-    codec = manifest.cache.codec
-    if codec.block_size == 1:
-        return str(codec.recent)
-    return f"{codec.recent} to {codec.recent + codec.block_size - 1}"
+def _newest(codec: CodecSpec, recent: int) -> str:
+    last = recent + codec.block_size - 1
+    return f"{recent} to {last}" if last > recent else str(recent)
 
 
 def _own_layers(manifest: Manifest) -> list[str]:
     """A row for each layer with codecs of its own."""
-    rows = ((own.layer, describe(own.k), describe(own.v)) for own in manifest.cache.codec.layers)
-    return [f"| layer {i} | keys {k}; values {v} |" for i, k, v in rows]
+    codec, rows = manifest.cache.codec, []
+    for own in codec.layers:
+        newest = "" if own.recent is None else f"; the newest {_newest(codec, own.recent)} dense"
+        rows.append(
+            f"| layer {own.layer} | keys {describe(own.k)}; values {describe(own.v)}{newest} |"
+        )
+    return rows
 
 
 def _sizes(manifest: Manifest) -> list[str]:

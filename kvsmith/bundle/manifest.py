@@ -166,8 +166,8 @@ def check_manifest(manifest: Manifest, where: str) -> None:
 def _counts(cache: CacheSpec) -> list[tuple[str, int]]:
     """Every size that memory depends on, by name."""
     codec, policy, less = cache.codec, cache.eviction, cache.less
-    counts = [(name, getattr(codec, name)) for name in ("sinks", "recent", "block_size")]
-    counts.append(("page_size", cache.page_size))
+    counts = [(name, getattr(codec, name)) for name in ("sinks", "block_size")]
+    counts += [("recent", codec.most_recent), ("page_size", cache.page_size)]
     if not isinstance(policy, KeepAll):
         counts += [("budget", policy.budget), ("sinks", policy.sinks)]
     if less is not None:

@@ -24,8 +24,8 @@ class Levels:
     """The choices, from few bits to many.
 
     Attributes:
-        names: a word for each, such as "3b 1%".
-        codecs: each as a codec of all layers; windows and domain are the same in all.
+        names: a word for each, such as "3b 1%", or "3b 1% w64" where windows are chosen.
+        codecs: each as a codec of all layers; sinks, blocks and domain are the same in all.
     """
 
     names: tuple[str, ...]
@@ -43,11 +43,29 @@ class Levels:
         """The codec that quantizes one side of one layer, and nothing else."""
         exact, side = self.exact, self.side(level, name)
         k, v = (side, exact.v) if name == "k" else (exact.k, side)
-        return replace(exact, layers=(LayerCodec(layer, k, v),))
+        return replace(exact, layers=(self.layer(layer, k, v, level, exact.recent),))
+
+    def window_alone(self, layer: int, level: int) -> CodecSpec:
+        """Nothing quantized, and one layer with the window of a level."""
+        exact = self.exact
+        own = self.layer(layer, exact.k, exact.v, level, exact.recent)
+        return replace(exact, layers=(own,))
+
+    def layer(
+        self, layer: int, k: TensorCodec, v: TensorCodec, level: int, common: int
+    ) -> LayerCodec:
+        """A layer with codecs of its own and the window of a level, where others have `common`."""
+        recent = self.codecs[level].recent
+        return LayerCodec(layer, k, v, None if recent == common else recent)
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """Newest dense tokens of each level."""
+        return tuple(c.recent for c in self.codecs)
 
     @property
     def exact(self) -> CodecSpec:
-        """Nothing quantized, the same windows."""
+        """Nothing quantized, the windows of the first level."""
         return replace(self.codecs[0], k=TensorCodec(Identity()), v=TensorCodec(Identity()))
 
 
@@ -57,8 +75,10 @@ def levels(
     fractions: Sequence[float],
     shape: ModelGeometry,
     ranks: Sequence[int] = (0,),
+    recents: Sequence[int] = (),
 ) -> Levels:
-    """Every width with every share of outliers that gives another number of slots, and every rank.
+    """Every width with every share of outliers that gives another number of slots, every rank and
+    every dense window.
 
     Args:
         template: kind of quantizers and outliers, and the windows.
@@ -66,6 +86,7 @@ def levels(
         fractions: shares of outliers.
         shape: the model.
         ranks: of the low-rank term; 0 is none.
+        recents: newest tokens that stay dense; none for those of the template.
 
     Raises:
         ValueError: the template quantizes nothing, or has layers of its own.
@@ -74,7 +95,9 @@ def levels(
         expected = "a codec that quantizes keys and values of all layers alike"
         raise ValueError(explain("fit.template", "codec", expected, "another"))
     names, codecs, seen = [], [], set()
-    for width, fraction, rank in product(sorted(bits), sorted(fractions), sorted(ranks)):
+    windows = sorted(recents) or [template.recent]
+    every = product(windows, sorted(bits), sorted(fractions), sorted(ranks))
+    for recent, width, fraction, rank in every:
         k, v = (_vary(c, width, fraction, rank) for c in (template.k, template.v))
         slots = tuple(
             tuple(
@@ -83,11 +106,13 @@ def levels(
             )
             for g in (shape.layers[i] for i in shape.owners)
         )
-        if (width, slots, rank) not in seen:
-            seen.add((width, slots, rank))
+        if (recent, width, slots, rank) not in seen:
+            seen.add((recent, width, slots, rank))
             share = f" {fraction:.1%}" if any(map(any, slots)) else ""
-            names.append(f"{width}b{share}" + (f" r{rank}" if rank else ""))
-            codecs.append(replace(template, k=k, v=v))
+            words = [f"{width}b{share}", f"r{rank}" if rank else ""]
+            words.append(f"w{recent}" if len(windows) > 1 else "")
+            names.append(" ".join(filter(None, words)))
+            codecs.append(replace(template, k=k, v=v, recent=recent))
     return Levels(tuple(names), tuple(codecs))
 
 
@@ -109,11 +134,20 @@ class Costs:
 
     Attributes:
         fixed: of everything that no choice changes.
-        sides: [layers that own tokens, 2, levels] int64, bytes of keys and values by level.
+        sides: [layers that own tokens, 2, levels] int64, bytes of keys and values by level; a
+            window's count with the keys.
+        windows: newest dense tokens of each level, in which keys and values of a layer agree; empty
+            where it is the same for all.
     """
 
     fixed: int
     sides: Tensor
+    windows: tuple[int, ...] = ()
+
+    def groups(self) -> list[list[int]]:
+        """The levels of each window."""
+        windows = self.windows or (0,) * self.sides.shape[-1]
+        return [[i for i, w in enumerate(windows) if w == own] for own in dict.fromkeys(windows)]
 
 
 def costs(options: Levels, shape: ModelGeometry, tokens: int) -> Costs:
@@ -129,14 +163,17 @@ def costs(options: Levels, shape: ModelGeometry, tokens: int) -> Costs:
     for n, i in enumerate(shape.owners):
         for s, name in enumerate(SIDES):
             for level in range(len(options)):
-                sides[n, s, level] = total(options.alone(i, name, level)) - whole
+                before = whole if name == "k" else total(options.window_alone(i, level))
+                sides[n, s, level] = total(options.alone(i, name, level)) - before
     # Differences from dense storage are negative: count every side from its smallest choice up.
     least = sides.amin(-1, keepdim=True)
-    return Costs(whole + int(least.sum()), sides - least)
+    return Costs(whole + int(least.sum()), sides - least, options.windows)
 
 
 def assemble(options: Levels, shape: ModelGeometry, picks: Sequence[Sequence[int]]) -> CodecSpec:
     """The codec of a choice: the most common pair, and the layers that differ from it.
+
+    Keys and values of a layer have levels of one window.
 
     Args:
         options: the choices.
@@ -145,13 +182,13 @@ def assemble(options: Levels, shape: ModelGeometry, picks: Sequence[Sequence[int
     """
     pairs = [(p[0], p[1]) for p in picks]
     common = max(sorted(set(pairs)), key=pairs.count)
+    whole = options.codecs[common[0]]
     own = tuple(
-        LayerCodec(i, options.side(k, "k"), options.side(v, "v"))
+        options.layer(i, options.side(k, "k"), options.side(v, "v"), k, whole.recent)
         for i, (k, v) in zip(shape.owners, pairs, strict=True)
         if (k, v) != common
     )
-    k, v = options.side(common[0], "k"), options.side(common[1], "v")
-    return replace(options.codecs[0], k=k, v=v, layers=own)
+    return replace(whole, v=options.side(common[1], "v"), layers=own)
 
 
 def parameters_of(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from kvsmith.pipeline.budget.choices import (
 )
 from kvsmith.pipeline.budget.options import BudgetOptions
 from kvsmith.pipeline.budget.sensitivity import Meter, measure_layer
-from kvsmith.pipeline.budget.solve import Solution, solve, uniform
+from kvsmith.pipeline.budget.solve import Solution, smallest, solve, uniform
 from kvsmith.pipeline.calibration.parameters import parameters_for
 from kvsmith.pipeline.calibration.record import RECORD, Record, layer_file, read_record
 from kvsmith.pipeline.data import tokens_hash
@@ -33,7 +33,7 @@ from kvsmith.pipeline.fit import Sensitivity
 from kvsmith.pipeline.log import Run
 from kvsmith.pipeline.stage import Stage, Stop, digest, locked, read_json, run_stage, write_json
 from kvsmith.pipeline.workers import ALONE, Workers
-from kvsmith.spec import CacheSpec
+from kvsmith.spec import CacheSpec, CodecSpec
 
 VERSION = 1  # raised when the same tokens give other sensitivities
 
@@ -98,7 +98,7 @@ class Problem:
 
     def curve(self) -> list[Point]:
         """The best choices from the smallest cache to the largest."""
-        least = self.price.fixed
+        least = smallest(self.price)
         most = least + int(self.price.sides.amax(-1).sum())
         count, found = self.options.points, dict[Solution, None]()
         for i in range(count):
@@ -144,18 +144,16 @@ def pose(
     """
     record = read_record(folder)
     shape = record.source.base_model.geometry
-    fitted = workers.in_turn(
-        lambda: [parameters_for(folder, c, None, sensitivity) for c in choices.codecs], stop
-    )
+    fitted = workers.in_turn(lambda: _fitted(choices, folder, sensitivity), stop)
     pre = options.prefill or windows.shape[1] // 8
 
     def meter(ids: Tensor) -> Meter:
-        return Meter(model, ids, pre, options.chunk, options.batch)
+        return Meter(model, ids, pre, options.step, options.batch)
 
     facts: dict[str, object] = {
         "levels": choices.codecs,
         "windows": [tokens_hash(windows), *windows.shape],
-        "steps": [pre, options.chunk],
+        "steps": [pre, options.step],
         "fit": sensitivity,
         "version": VERSION,
     }
@@ -164,6 +162,15 @@ def pose(
     price = costs(choices, shape, options.tokens)
     check = None if heldout is None or not workers.leads else meter(heldout)
     return Problem(options, record, choices, fitted, loss, price, check)
+
+
+def _fitted(choices: Levels, folder: Path, sensitivity: Sensitivity) -> list[Parameters]:
+    """Parameters of every level; a dense window has none."""
+    found: dict[CodecSpec, Parameters] = {}
+    for codec in (replace(c, recent=choices.exact.recent) for c in choices.codecs):
+        if codec not in found:
+            found[codec] = parameters_for(folder, codec, None, sensitivity)
+    return [found[replace(c, recent=choices.exact.recent)] for c in choices.codecs]
 
 
 def _losses(

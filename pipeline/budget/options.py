@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from kvsmith.errors import explain
@@ -23,11 +24,14 @@ class BudgetOptions:
         fractions: shares of outliers to choose from.
         ranks: of the low-rank term of what a codec leaves; 0 is none. Its factors are those of the
             template's term, else of 4 bits.
+        recents: newest tokens that stay dense to choose from, for each layer apart; empty for the
+            template's.
         template: preset of `conf/codec` whose kind of quantizer, outliers and windows are used.
         windows: calibration windows on which sensitivity is measured.
         length: tokens of a window; None is 512, or the model's context where that is less.
         prefill: tokens of the first forward pass; None is an eighth of the window.
-        chunk: tokens decoded at once.
+        chunk: tokens decoded at once; None is 32, or 8 where windows are chosen: tokens of a chunk
+            see one another as they are, so a chunk hides a shorter window.
         batch: windows side by side.
         check: held-out windows on which the choice is compared with uniform ones; 0 leaves it out.
         points: budgets of a curve.
@@ -38,11 +42,12 @@ class BudgetOptions:
     widths: tuple[int, ...] = (2, 3, 4)
     fractions: tuple[float, ...] = (0.0, 0.01, 0.02)
     ranks: tuple[int, ...] = (0,)
+    recents: tuple[int, ...] = ()
     template: str = "nuq4_o1"
     windows: int = 8
     length: int | None = None
     prefill: int | None = None
-    chunk: int = 32
+    chunk: int | None = None
     batch: int = 8
     check: int = 8
     points: int = 9
@@ -50,7 +55,6 @@ class BudgetOptions:
     def __post_init__(self) -> None:
         for name, least in (
             ("windows", 1),
-            ("chunk", 1),
             ("batch", 1),
             ("check", 0),
             ("points", 2),
@@ -59,14 +63,17 @@ class BudgetOptions:
                 raise ValueError(
                     explain(f"fit.{name}", "value", f"at least {least}", getattr(self, name))
                 )
-        for name in ("widths", "fractions", "ranks"):
+        if self.chunk is not None and self.chunk < 1:
+            raise ValueError(explain("fit.chunk", "value", "at least 1", self.chunk))
+        for name in ("widths", "fractions", "ranks", "recents"):
             found = getattr(self, name)
-            if not found or len(set(found)) < len(found):
+            if not (found or name == "recents") or len(set(found)) < len(found):
                 raise ValueError(
                     explain(f"fit.{name}", "value", "a list without repeats", list(found))
                 )
-        if min(self.ranks) < 0:
-            raise ValueError(explain("fit.ranks", "value", "at least 0", list(self.ranks)))
+        for name, least in (("ranks", 0), ("recents", 0), ("fractions", 0)):
+            if found := [x for x in getattr(self, name) if not x >= least]:
+                raise ValueError(explain(f"fit.{name}", "value", f"at least {least}", found[0]))
 
     @property
     def tokens(self) -> int:
@@ -88,9 +95,14 @@ class BudgetOptions:
         if self.bytes is not None:
             remedy = "Give one of the two."
             raise ValueError(explain("fit.bytes", "value", "null", self.bytes, remedy))
-        if target_bits <= 0:
+        if not 0 < target_bits < math.inf:
             raise ValueError(explain("target_bits", "value", "positive", target_bits))
         return int(target_bits * shape.elements * self.tokens / 8)
+
+    @property
+    def step(self) -> int:
+        """`chunk` as a number."""
+        return self.chunk or (8 if len(self.recents) > 1 else 32)
 
     def window(self, context: int | None) -> int:
         """Tokens of a window, for a model of so many positions."""

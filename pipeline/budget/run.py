@@ -66,7 +66,9 @@ def request(
     if budget is None and not curve:
         return None
     template = load_codec(options.template, "fit.template")
-    choices = levels(template, options.widths, options.fractions, shape, options.ranks)
+    choices = levels(
+        template, options.widths, options.fractions, shape, options.ranks, options.recents
+    )
     where = "fit.bytes" if target_bits is None else "target_bits"
     if budget is not None:
         least = smallest(costs(choices, shape, options.tokens))

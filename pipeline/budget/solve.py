@@ -2,6 +2,7 @@
 
     minimise   sum loss[i, s, c] x[i, s, c]
     such that  sum_c x[i, s, c] = 1,   sum bytes[i, s, c] x[i, s, c] <= budget,   x in {0, 1}
+               sum_(c of w) x[i, k, c] = sum_(c of w) x[i, v, c]   for each dense window w
 
 The loss of a choice is measured with everything else exact; that losses add up is an approximation,
 good where each is small.
@@ -12,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import Tensor
 
@@ -39,7 +41,7 @@ def solve(loss: Tensor, price: Costs, budget: int, where: str = "target_bits") -
 
     Args:
         loss: [layers, 2, levels] float64, not negative.
-        price: bytes, of the same shape.
+        price: bytes, of the same shape, and the window of each level.
         budget: bytes of one row, everything included.
         where: configuration path, for errors.
 
@@ -62,6 +64,10 @@ def solve(loss: Tensor, price: Costs, budget: int, where: str = "target_bits") -
         LinearConstraint(one, 1, 1),
         LinearConstraint(bytes_[None] / scale, -np.inf, room / scale),
     ]
+    if len(groups := price.groups()) > 1:
+        member = np.array([[float(c in group) for c in range(options)] for group in groups])
+        differ = np.concatenate([member, -member], axis=1)
+        rules.append(LinearConstraint(np.kron(np.eye(count), differ), 0, 0))
     found = milp(
         weight / max(float(weight.max()), 1e-30),
         integrality=np.ones(weight.size),
@@ -77,7 +83,8 @@ def solve(loss: Tensor, price: Costs, budget: int, where: str = "target_bits") -
 
 def smallest(price: Costs) -> int:
     """Bytes of the smallest choice."""
-    return price.fixed + int(price.sides.amin(-1).sum())
+    least = torch.stack([price.sides[..., group].amin(-1).sum(1) for group in price.groups()])
+    return price.fixed + int(least.amin(0).sum())
 
 
 def priced(picks: tuple[tuple[int, int], ...], loss: Tensor, price: Costs) -> Solution:

@@ -125,7 +125,7 @@ class Training:
         """The eviction with its budget times a factor."""
         assert not isinstance(self.spec.eviction, KeepAll)
         codec = self.spec.codec
-        least = codec.sinks + codec.recent + 2 * codec.block_size
+        least = codec.sinks + codec.most_recent + 2 * codec.block_size
         return scaled(self.spec.eviction, factor, least)
 
     def replay(self, seen: Layer, policy: Policy) -> Replay:

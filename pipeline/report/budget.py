@@ -38,7 +38,8 @@ def _sensitivity(fig: Any, ax: Any, problem: Problem) -> None:
     rows = problem.loss.flatten(0, 1)
     shown = ax.imshow(rows.clamp(min=1e-9).log10().tolist(), aspect="auto", cmap="viridis_r")
     fig.colorbar(shown, ax=ax, label="log10 of KLD, nats a token", shrink=0.8)
-    ax.set_xticks(range(rows.shape[1]), problem.levels.names, rotation=90)
+    small = 10 if rows.shape[1] < 20 else 6
+    ax.set_xticks(range(rows.shape[1]), problem.levels.names, rotation=90, fontsize=small)
     ax.set_yticks(range(len(rows)), _sides(problem), fontsize=8)
     ax.set_title("loss of a side alone", loc="left", fontsize=10, color=INK)
 
@@ -49,13 +50,20 @@ def _sides(problem: Problem) -> list[str]:
 
 
 def _levels(ax: Any, problem: Problem, point: Point) -> None:
-    """The level of each layer's keys (blue) and values (orange)."""
+    """The level of each layer's keys (blue) and values (orange), and its dense window if chosen."""
     picks = [level for pair in point.found.picks for level in pair]
-    places = range(len(picks))
+    places, groups = range(len(picks)), problem.price.groups()
     colours = [OURS[0] if i % 2 == 0 else OTHERS[0] for i in places]
-    ax.barh(list(places), [level + 1 for level in picks], color=colours, height=0.75)
+    longs = [next(g.index(level) + 1 for g in groups if level in g) for level in picks]
+    ax.barh(list(places), longs, color=colours, height=0.75)
     ax.set_yticks(list(places), _sides(problem), fontsize=8)
-    ax.set_xticks(range(1, len(problem.levels) + 1), problem.levels.names, rotation=90)
+    names = list(problem.levels.names[: len(groups[0])])
+    if len(groups) > 1:  # the same names, once; windows stand at the bars
+        names = [name.rpartition(" ")[0] for name in names]
+        for place, level, long in zip(places, picks, longs, strict=True):
+            word = f" w{problem.levels.windows[level]}"
+            ax.text(long, place, word, va="center", fontsize=7, color=INK)
+    ax.set_xticks(range(1, len(names) + 1), names, rotation=90)
     ax.invert_yaxis()
     ax.set_title(f"chosen at {point.bits:.2f} bits", loc="left", fontsize=10, color=INK)
     frame(ax)

@@ -66,6 +66,41 @@ def test_prices_add_up_to_what_the_runtime_allocates() -> None:
     assert smallest(price) == price.fixed
 
 
+def test_keys_and_values_of_a_layer_share_a_window() -> None:
+    generator = torch.Generator().manual_seed(2)
+    for trial in range(25):
+        loss = torch.rand((2, 2, 4), generator=generator, dtype=torch.float64)
+        sides = torch.randint(0, 40, (2, 2, 4), generator=generator)
+        price = Costs(fixed=100, sides=sides, windows=(0, 0, 64, 64))
+        fair = [p for p in itertools.product(range(4), repeat=2) if p[0] // 2 == p[1] // 2]
+        every = [priced((a, b), loss, price) for a, b in itertools.product(fair, repeat=2)]
+        least = min(s.nbytes for s in every)
+        assert smallest(price) == least
+        budget = least + 6 * (trial % 12)
+        found = solve(loss, price, budget)
+        best = min(s.loss for s in every if s.nbytes <= budget)
+        assert found.nbytes <= budget and found.loss == pytest.approx(best, rel=1e-9)
+        assert all(pick in fair for pick in found.picks)
+        with pytest.raises(ValueError, match=f"at least {least} bytes"):
+            solve(loss, price, least - 1)
+
+
+def test_windows_are_priced_as_the_runtime_allocates() -> None:
+    wide = levels(load_codec("nuq4_o1"), (2, 4), (0.0,), SHAPE, recents=(64, 0))
+    assert wide.names == ("2b w0", "4b w0", "2b w64", "4b w64")
+    price = costs(wide, SHAPE, 900)
+    assert price.windows == (0, 0, 64, 64)
+    for picks in (((0, 0),) * 3, ((3, 2), (0, 1), (1, 0)), ((2, 3), (2, 2), (3, 2))):
+        codec = assemble(wide, SHAPE, picks)
+        for layer, (pick, _) in zip(SHAPE.owners, picks, strict=True):
+            assert codec.at(layer).recent == price.windows[pick]
+        total = cache_bytes(CacheSpec(codec), SHAPE, 1, 900, torch.bfloat16).total
+        assert priced(picks, torch.zeros(3, 2, 4), price).nbytes == total
+    # One window is that of the template or of all layers, and no level says so.
+    assert levels(load_codec("nuq4_o1"), (2,), (0.0,), SHAPE, recents=(64,)).names == ("2b",)
+    assert BudgetOptions().step == 32 and BudgetOptions(recents=(0, 64)).step == 8
+
+
 def test_a_choice_names_only_the_layers_that_differ() -> None:
     codec = assemble(CHOICES, SHAPE, ((0, 1), (0, 1), (2, 0)))
     assert codec.k == CHOICES.codecs[0].k and codec.v == CHOICES.codecs[1].v
@@ -126,20 +161,21 @@ def test_calibrate_writes_the_bundle_and_the_curve(
         "fit.check=2",
         "fit.points=3",
         "fit.widths=[2,4]",
-        "fit.fractions=[0.0,0.05]",
-        "fit.context=4k",
+        "fit.fractions=[0.0]",
+        "fit.recents=[0,32]",
+        "fit.context=400",
     ]
-    run(load(CalibrateConfig, "calibrate", [*options, "target_bits=4", "curve=true"]), tmp_path)
+    run(load(CalibrateConfig, "calibrate", [*options, "target_bits=7", "curve=true"]), tmp_path)
     said = capsys.readouterr().out
     assert "best uniform cache of no more bytes" in said
     folder = next((tmp_path / "b" / "m").iterdir())
-    assert folder.name.startswith("fit3.") and kvsmith.load(folder).spec.codec.k
+    assert folder.name.startswith("fit6.") and kvsmith.load(folder).spec.codec.k
     data = json.loads((tmp_path / "budget.json").read_text())
-    assert data["chosen"][0]["bits"] <= 4 and len(data["uniform"]) == len(data["levels"])
+    assert data["chosen"][0]["bits"] <= 7 and len(data["uniform"]) == len(data["levels"])
     for name in ("budget.png", "curve.png"):
         assert (tmp_path / name).stat().st_size > 10_000
     before = (tmp_path / "budget.json").read_bytes()
-    run(load(CalibrateConfig, "calibrate", [*options, "target_bits=4", "curve=true"]), tmp_path)
+    run(load(CalibrateConfig, "calibrate", [*options, "target_bits=7", "curve=true"]), tmp_path)
     assert (tmp_path / "budget.json").read_bytes() == before
 
 
@@ -152,6 +188,12 @@ def test_calibrate_writes_the_bundle_and_the_curve(
         ({"bytes": "much"}, None, r"fit\.bytes: value must be a size such as 20GiB"),
         ({"context": "long"}, 3.0, r"fit\.context: value must be a number of tokens"),
         ({}, -1.0, "target_bits: value must be positive, got -1.0"),
+        ({}, float("nan"), "target_bits: value must be positive, got nan"),
+        ({}, float("inf"), "target_bits: value must be positive, got inf"),
+        ({"recents": (0, 0)}, 3.0, r"fit\.recents: value must be a list without repeats, got"),
+        ({"recents": (16, -1)}, 3.0, r"fit\.recents: value must be at least 0, got -1"),
+        ({"fractions": (-0.1,)}, 3.0, r"fit\.fractions: value must be at least 0, got -0\.1"),
+        ({"chunk": 0}, 3.0, r"fit\.chunk: value must be at least 1, got 0"),
         ({"template": "none"}, 3.0, r"fit\.template: codec must be a codec that quantizes"),
         ({"template": "nuq9"}, 3.0, r"fit\.template: codec must be one of"),
         ({"widths": ()}, 3.0, r"fit\.widths: value must be a list without repeats, got \[\]"),

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from kvsmith.bundle import Bundle, base_model, expected_tensors, load
+from kvsmith.eviction.policy import H2O
 from kvsmith.hf import geometry, make_cache
 from kvsmith.layout import check_geometry
 from kvsmith.pipeline.fit.codec import fit_codec
@@ -82,6 +83,42 @@ def test_a_bundle_holds_the_tensors_of_each_layer(micro_llama, tmp_path):
     run(model, torch.randint(3, 97, (1, 60)), found.cache(model), (60,), None)
 
 
+def test_a_layer_keeps_a_dense_window_of_its_own(micro_llama, tmp_path):
+    model = micro_llama(layers=3)
+    layers = (LayerCodec(1, NARROW, NARROW, recent=40), LayerCodec(2, NARROW, NARROW, recent=0))
+    codec = CodecSpec(NARROW, NARROW, recent=8, layers=layers)
+    spec = CacheSpec(codec, page_size=16)
+    assert codec.at(1).recent == 40 and codec.at(0).recent == 8 and codec.most_recent == 40
+    assert "recent" not in to_dict(LayerCodec(0, WIDE, WIDE))
+    assert from_dict(CodecSpec, to_dict(codec), "codec") == codec
+    cache, ids = make_cache(model, spec), torch.randint(3, 97, (2, 120))
+    run(model, ids, cache, (60, *(1,) * 20, 40), None)
+    # 116 tokens follow the sinks; whole blocks of 16 of those that are not recent are encoded.
+    assert [s.encoded for s in cache.stores.values()] == [96, 64, 112]
+    assert cache.bytes() == cache_bytes(spec, geometry(model.config), 2, 120, torch.float32)
+    # Named by each layer or once for all, it is the same cache.
+    same = CodecSpec(NARROW, NARROW, recent=40)
+    own = CodecSpec(
+        NARROW, NARROW, layers=tuple(LayerCodec(i, NARROW, NARROW, 40) for i in range(3))
+    )
+    both = (
+        run(model, ids, make_cache(model, CacheSpec(c, page_size=16)), (60, 60), None)
+        for c in (own, same)
+    )
+    assert torch.equal(*both)
+    base = base_model(model.config.to_dict(), geometry(model.config), "micro")
+    found = load(Bundle.create(spec, {}, base).save_pretrained(tmp_path / "b"))
+    assert found.spec == spec and "; the newest 40 to 55 dense |" in found.card
+    with pytest.raises(ValueError, match=r"codec\.layers\[0\]\.recent: token count must be at"):
+        CodecSpec(WIDE, WIDE, layers=(LayerCodec(0, WIDE, WIDE, recent=-1),))
+    with pytest.raises(ValueError, match=r"at least sinks \+ recent \+ 2 blocks of the codec = 76"):
+        CacheSpec(codec, H2O(budget=75))
+    evicting = CacheSpec(codec, H2O(budget=80))
+    cache = make_cache(model, evicting)
+    run(model, ids, cache, (60, 60), None)
+    assert cache.bytes() == cache_bytes(evicting, geometry(model.config), 2, 120, torch.float32)
+
+
 @pytest.mark.parametrize(
     ("layers", "message"),
     [
@@ -89,7 +126,7 @@ def test_a_bundle_holds_the_tensors_of_each_layer(micro_llama, tmp_path):
         ([{"layer": "1", "k": 0, "v": 0}], r"codec\.layers\[0\]\.layer: value must be of type int"),
         ([-1], r"codec\.layers\[0\]\.layer: index must be at least 0, got -1"),
         ([2, 2], r"codec\.layers\[1\]\.layer: index must be at least 3, got 2"),
-        ([{"laier": 1}], r"codec\.layers\[0\]: key must be one of layer, k, v, got 'laier'"),
+        ([{"laier": 1}], r"codec\.layers\[0\]: key must be one of layer, k, v, recent, got"),
     ],
 )
 def test_mistakes_are_one_line(layers, message):
