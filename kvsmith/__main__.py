@@ -71,6 +71,10 @@ def facts(bundle: Bundle) -> list[tuple[str, str]]:
     ]
     if bundle.spec.less is not None:
         lines.append(("less", _words(bundle.spec.less)))
+    if (delta := m.delta) is not None:
+        values = sum(w.numel() for w in bundle.weights.values())
+        made = f"{len(bundle.weights)} weights of {values:,} values in {delta.dtype}"
+        lines.append(("delta", f"{made}, beside those of {delta.id} ({delta.weights_hash[:16]})"))
     bits = ", ".join(f"{b:.3f} at {label}" for label, b in sizes(m).items())
     lines.append(("bits", f"{bits} tokens, everything counted"))
     c = m.calibration
@@ -101,7 +105,9 @@ def _verified(bundle: Bundle, name: str, model: str | None) -> str:
         config = find_config(model)[1]
         text = config.get_text_config(decoder=True)
         found = base_model(text.to_dict(), geometry(config), model)
-        bundle.manifest.base_model.check(found, name)
+        base, delta = bundle.manifest.base_model, bundle.manifest.delta
+        unshared = delta is not None and found.owner == base.unshared.owner
+        (base.unshared if unshared else base).check(found, name)
     values = sum(t.numel() for t in bundle.parameters.values())
     fits = f", fits {model}" if model else ""
     tensors = f"{len(bundle.parameters)} tensors of {values:,} values"

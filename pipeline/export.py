@@ -33,6 +33,7 @@ from kvsmith.pipeline.calibration import (
 from kvsmith.pipeline.codecs import codec_name, codec_word
 from kvsmith.pipeline.config import DebugConfig, config_hash, input_path, output_path
 from kvsmith.pipeline.data import DataConfig, PydocsData, data_name, token_blocks, tokens_hash
+from kvsmith.pipeline.delta import delta_of
 from kvsmith.pipeline.evaluation.find import shown
 from kvsmith.pipeline.fit import Sensitivity
 from kvsmith.pipeline.fp8_checkpoint import Checkpoint, Weights, model_folder, scales_of
@@ -70,6 +71,8 @@ class ExportConfig:
             None takes them from the queries and outputs of the calibration's text.
         calibrations: where calibrations are looked for.
         quality: JSON file with measured numbers; None writes none.
+        delta: model that this one was trained from, or `auto` for the one in training.json: the
+            bundle also gets the weights that differ. None leaves weights out.
         format: a bundle, or a checkpoint with 8-bit cache scales (`compressed-tensors`), which
             leaves codec, eviction and quality aside.
         data: the calibration's text; only the checkpoint needs it.
@@ -94,6 +97,7 @@ class ExportConfig:
     rotations: tuple[str, str] | None = None
     calibrations: str = "artifacts/calibration"
     quality: str | None = None
+    delta: str | None = None
     format: Literal["bundle", "compressed-tensors"] = "bundle"
     data: DataConfig = field(default_factory=PydocsData)
     weights: Weights = "copy"
@@ -119,6 +123,9 @@ def run(cfg: ExportConfig, folder: Path) -> Path:
     """
     with Run(folder, cfg.logger, cfg) as log:
         if cfg.format == "compressed-tensors":
+            if cfg.delta is not None:
+                expected = "null with format=compressed-tensors, which has all weights"
+                raise ValueError(explain("delta", "value", expected, cfg.delta))
             return write_checkpoint(cfg, folder, log)
         bundle, name = make_bundle(cfg, log)
         path = bundles_folder(cfg, folder) / cfg.model.label / name
@@ -204,11 +211,12 @@ def make_bundle(cfg: ExportConfig, log: Run) -> tuple[Bundle, str]:
     if cfg.less is not None:
         spec, features = with_state(cfg, cfg.less, spec, base, log)
         parameters = parameters | features
-    bundle = Bundle.create(spec, parameters, base, calibration, None, program)
+    change = (None, None) if cfg.delta is None else delta_of(cfg.model, cfg.delta, base, log)
+    bundle = Bundle.create(spec, parameters, base, calibration, None, program, *change)
     name = f"{cache_name(spec)}-{identity(bundle)}"
     if cfg.quality is not None:
         quality = read_quality(input_path(cfg.quality), name)
-        bundle = Bundle.create(spec, parameters, base, calibration, quality, program)
+        bundle = Bundle.create(spec, parameters, base, calibration, quality, program, *change)
     return bundle, name
 
 
@@ -302,12 +310,15 @@ def identity(bundle: Bundle) -> str:
     """8 hexadecimal digits over everything but the measured quality and the program's version."""
     manifest = bundle.manifest
     shard = manifest.files.get(SHARD)
-    facts = {
+    facts: dict[str, object] = {
         "base_model": manifest.base_model,
         "cache": manifest.cache,
         "calibration": manifest.calibration,
         "parameters": None if shard is None else shard.sha256,
     }
+    if manifest.delta is not None:
+        files = {name: manifest.files[name] for name in manifest.delta.files}
+        facts |= {"delta": manifest.delta, "weights": files}
     return config_hash({name: to_dict(fact) for name, fact in facts.items()}, exclude=())
 
 

@@ -18,7 +18,7 @@ import torch
 import kvsmith
 from kvsmith.bundle import Bundle, base_model, expected_tensors
 from kvsmith.bundle.manifest import CARD, MANIFEST, SHARD
-from kvsmith.bundle.tensors import encode
+from kvsmith.bundle.shards import encode
 from kvsmith.geometry import LayerGeometry, ModelGeometry
 from kvsmith.layout import parameter_tensors
 from kvsmith.spec import CacheSpec

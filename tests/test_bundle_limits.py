@@ -17,7 +17,7 @@ import torch
 import kvsmith
 from kvsmith.bundle import BundleError, base_model, expected_tensors
 from kvsmith.bundle.manifest import MANIFEST, SIZE_LIMIT, seal
-from kvsmith.bundle.tensors import CHUNK, HEADER_LIMIT
+from kvsmith.bundle.shards import CHUNK, HEADER_LIMIT
 from kvsmith.geometry import LayerGeometry, ModelGeometry
 from kvsmith.spec import CacheSpec
 from kvsmith.strict import to_dict

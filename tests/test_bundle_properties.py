@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 import kvsmith
 from kvsmith.bundle import BundleError, expected_tensors
 from kvsmith.bundle.manifest import MANIFEST, SHARD
+from kvsmith.bundle.shards import encode
 from kvsmith.bundle.strict_json import read_object
-from kvsmith.bundle.tensors import encode
 from tests.fuzz.campaign import _placed
 from tests.fuzz.corpus import Case, Entries, corpus, resealed, seal_data, sealed, split
 from tests.fuzz.oracle import judge

@@ -13,7 +13,7 @@ import torch
 import kvsmith
 from kvsmith.bundle import Bundle
 from kvsmith.bundle.manifest import CARD, MANIFEST, SHARD
-from kvsmith.bundle.tensors import encode
+from kvsmith.bundle.shards import encode
 from tests.golden import (
     GEOMETRY,
     GOLDEN,

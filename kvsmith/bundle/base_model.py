@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from kvsmith.bundle.errors import refuse
@@ -79,6 +79,13 @@ class BaseModel:
     def geometry(self) -> ModelGeometry:
         """The shape that the cache sees."""
         return ModelGeometry(self.layers, self.owner)
+
+    @property
+    def unshared(self) -> BaseModel:
+        """The same model before its layers shared: each reads its own tokens."""
+        apart = ModelGeometry(self.layers, tuple(range(len(self.layers))))
+        digest = _hash(self.architecture, self.rope, apart)
+        return replace(self, config_hash=digest, owner=apart.owner)
 
     def check(self, other: BaseModel, where: str) -> None:
         """Refuse a model that this bundle was not made for.

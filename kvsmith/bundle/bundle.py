@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ import torch
 from kvsmith.bundle import hub
 from kvsmith.bundle.base_model import BaseModel, base_model
 from kvsmith.bundle.card import model_card
+from kvsmith.bundle.delta import DELTA_SHARD, Delta, check_weights
 from kvsmith.bundle.errors import refuse
 from kvsmith.bundle.folder import file_size, open_file, write_folder
 from kvsmith.bundle.manifest import (
@@ -33,8 +34,10 @@ from kvsmith.bundle.manifest import (
     read_manifest,
     write_manifest,
 )
+from kvsmith.bundle.shards import decode, encode
 from kvsmith.bundle.strict_json import DAMAGED
-from kvsmith.bundle.tensors import check_parameters, decode, encode, expected_tensors
+from kvsmith.bundle.tensors import check_parameters, expected_tensors
+from kvsmith.layout import DTYPES
 from kvsmith.spec import CacheSpec
 from kvsmith.version import __version__
 
@@ -53,12 +56,14 @@ class Bundle:
         parameters: `layers.{i}.{k|v}.{lut|edges|scale|zero}` -> float32 tensor, see docs/FORMAT.md.
         card: text of README.md; empty where the bundle has none.
         source: where it was loaded from, for messages.
+        weights: name -> weight that the model has instead of its base's; only with a delta.
     """
 
     manifest: Manifest
     parameters: dict[str, torch.Tensor]
     card: str
     source: str = "bundle"
+    weights: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def spec(self) -> CacheSpec:
@@ -73,6 +78,8 @@ class Bundle:
         calibration: Calibration | None = None,
         quality: Mapping[str, float] | None = None,
         created_by: str | None = None,
+        delta: Delta | None = None,
+        weights: Mapping[str, torch.Tensor] | None = None,
     ) -> Bundle:
         """Make a bundle.
 
@@ -83,6 +90,8 @@ class Bundle:
             calibration: where the parameters come from; None for a codec without parameters.
             quality: measured numbers by name.
             created_by: program and version; None is this one.
+            delta: how the model comes from another one; its `files` are set here.
+            weights: those that differ, of the delta's dtype.
 
         Returns:
             A checked bundle.
@@ -92,13 +101,16 @@ class Bundle:
         """
         program = created_by or f"kvsmith {__version__}"
         numbers = {name: float(value) for name, value in (quality or {}).items()}
-        manifest = Manifest(FORMAT, VERSION, program, base, spec, calibration, {}, numbers)
+        delta = None if delta is None else replace(delta, files=())
+        manifest = Manifest(FORMAT, VERSION, program, base, spec, calibration, {}, numbers, delta)
         read_manifest(write_manifest(manifest), MANIFEST)  # what we write can be read
         check_parameters(spec, base.geometry, parameters, "parameters")
+        check_weights(delta, weights or {}, "weights")
         names = expected_tensors(spec, base.geometry)
         own = {name: parameters[name].detach().cpu().contiguous() for name in names}
-        bundle = Bundle(manifest, own, model_card(manifest))
-        return replace(bundle, manifest=replace(manifest, files=_infos(bundle._contents())))
+        changed = {n: w.detach().cpu().contiguous() for n, w in sorted((weights or {}).items())}
+        bundle = Bundle(manifest, own, model_card(manifest), weights=changed)
+        return replace(bundle, manifest=bundle._listing(bundle._contents()))
 
     def cache(self, model: Any) -> KVCache:
         """A fresh, empty cache for `generate(..., past_key_values=cache)`.
@@ -116,8 +128,50 @@ class Bundle:
 
         config = model.config.get_text_config(decoder=True)
         found = base_model(config.to_dict(), geometry(model.config), self.manifest.base_model.id)
-        self.manifest.base_model.check(found, self.source)
+        base, delta = self.manifest.base_model, self.manifest.delta
+        before = base.unshared.config_hash
+        if delta is not None and found.config_hash == before != base.config_hash:
+            remedy = "Call bundle.apply(model) first; it changes the model's weights."
+            raise refuse(self.source, "model", "one whose layers share", "its base", remedy)
+        base.check(found, self.source)
         return make_cache(model, self.spec, self.parameters)
+
+    def apply(self, model: Any) -> None:
+        """Turn the model that a delta was made for into the bundle's own, whose layers share.
+
+        Args:
+            model: a transformers model in memory, not quantized; changed in place, or not at all.
+
+        Raises:
+            BundleError: the bundle has no delta, or one for another model or other weights.
+            ValueError: a weight is quantized or not in memory, or the model cannot share.
+        """
+        from kvsmith.hf import geometry, share
+        from kvsmith.hf.weights import change_weights, weights_hash, weights_in_memory
+
+        delta, base = self.manifest.delta, self.manifest.base_model
+        if delta is None:
+            remedy = "The bundle is for its model as it is; call cache(model)."
+            raise refuse(self.source, "delta", "in the bundle", "none", remedy)
+        config = model.config.get_text_config(decoder=True)
+        found = base_model(config.to_dict(), geometry(model.config), base.id)
+        before = replace(base.unshared, id=delta.id)
+        if found.config_hash == base.config_hash != before.config_hash:
+            expected, remedy = f"{delta.id} as it was", "Load it again to apply another delta."
+            raise refuse(self.source, "model", expected, "one whose layers share", remedy)
+        before.check(found, self.source)
+        own = weights_in_memory(model, self.source)
+        if (digest := weights_hash(own.items())) != delta.weights_hash:
+            remedy = f"The delta was made for {delta.id}; load that model as it was."
+            expected = f"{delta.weights_hash[:16]} ({delta.id})"
+            raise refuse(self.source, "base model's weights", expected, digest[:16], remedy)
+        for name, weight in self.weights.items():
+            shape = list(own[name].shape) if name in own else "one of the model's weights"
+            if shape != list(weight.shape):
+                raise refuse(f"{self.source}: {name}", "weight", str(shape), list(weight.shape))
+        if base.owner != before.owner:
+            share(model, base.owner)
+        change_weights(own, self.weights, DTYPES[delta.dtype])
 
     def save_pretrained(self, folder: str | Path, overwrite: bool = False) -> Path:
         """Write the bundle; the folder is whole or absent at every moment.
@@ -133,8 +187,8 @@ class Bundle:
             BundleError: the folder holds something else.
         """
         files = self._contents()
-        manifest = replace(self.manifest, files=_infos(files))
-        write_folder(Path(folder), {MANIFEST: write_manifest(manifest), **files}, overwrite)
+        manifest = write_manifest(self._listing(files))
+        write_folder(Path(folder), {MANIFEST: manifest, **files}, overwrite)
         return Path(folder)
 
     @classmethod
@@ -192,7 +246,15 @@ class Bundle:
     def _contents(self) -> dict[str, bytes]:
         """Every file but the manifest."""
         files = {SHARD: encode(self.parameters)} if self.parameters else {}
+        files |= {DELTA_SHARD: encode(self.weights)} if self.weights else {}
         return {CARD: self.card.encode(), **files} if self.card else files
+
+    def _listing(self, files: Mapping[str, bytes]) -> Manifest:
+        """The manifest that lists these files."""
+        delta = self.manifest.delta
+        if delta is not None:
+            delta = replace(delta, files=(DELTA_SHARD,) if DELTA_SHARD in files else ())
+        return replace(self.manifest, files=_infos(files), delta=delta)
 
 
 def load(folder: str | Path) -> Bundle:
@@ -220,8 +282,9 @@ def _load(folder: Path, source: str, links_into: Path | None) -> Bundle:
             raise refuse(where, "size", f"at most {SIZE_LIMIT} bytes", size)
         manifest = read_manifest(file.read(SIZE_LIMIT + 1), where)
     card, parameters = "", {}
+    weights: dict[str, torch.Tensor] = {}
     expected = expected_tensors(manifest.cache, manifest.base_model.geometry)
-    left = dict(expected)
+    left, delta = dict(expected), manifest.delta
     for name, info in sorted(manifest.files.items()):
         path = str(folder / name)
         with open_file(folder, name, links_into) as file:
@@ -229,14 +292,20 @@ def _load(folder: Path, source: str, links_into: Path | None) -> Bundle:
                 raise refuse(path, "size", f"{info.size} bytes", size, DAMAGED)
             if name == CARD:
                 card = _read_card(file.read(CARD_LIMIT + 1), info, path)
-                continue
-            found = decode(file, info, left, path)
-            parameters.update(found)
-            for tensor in found:
-                del left[tensor]
+            elif delta is not None and name in delta.files:
+                found = decode(file, info, None, path, DTYPES[delta.dtype])
+                if twice := sorted(found.keys() & weights.keys()):
+                    raise refuse(path, "weight", "in one shard", repr(twice[0]))
+                weights.update(found)
+            else:
+                found = decode(file, info, left, path)
+                parameters.update(found)
+                for tensor in found:
+                    del left[tensor]
     check_parameters(manifest.cache, manifest.base_model.geometry, parameters, str(folder))
+    check_weights(delta, weights, str(folder))
     ordered = {n: parameters[n] for n in expected}
-    return Bundle(manifest, ordered, card, source)
+    return Bundle(manifest, ordered, card, source, dict(sorted(weights.items())))
 
 
 def _read_card(raw: bytes, info: FileInfo, where: str) -> str:

@@ -46,17 +46,12 @@ def model_card(manifest: Manifest) -> str:
     """
     base, codec = manifest.base_model, manifest.cache.codec
     layers = f"{len(base.layers)} layers, {base.geometry.elements} key and value elements a token"
+    delta = manifest.delta
     parts = [
-        *_front_matter(base.id),
+        *_front_matter(base.id if delta is None else delta.id),
         f"# Compressed KV cache for {_code(base.id)}",
         "",
-        "A kvsmith bundle: what a KV cache needs to store its tokens in few bits; no weights.",
-        "",
-        "```python",
-        "import kvsmith",
-        'cache = kvsmith.Bundle.from_pretrained("this folder or hub name").cache(model)',
-        "model.generate(**inputs, past_key_values=cache)",
-        "```",
+        *_use(manifest),
         "",
         "| part | stored as |",
         "|---|---|",
@@ -116,6 +111,25 @@ def _front_matter(model: str) -> list[str]:
         "---",
         "",
     ]
+
+
+def _use(manifest: Manifest) -> list[str]:
+    """What the bundle is, and the lines of Python that use it."""
+    what = "what a KV cache needs to store its tokens in few bits"
+    lines = ['cache = kvsmith.Bundle.from_pretrained("this folder or hub name").cache(model)']
+    if (delta := manifest.delta) is None:
+        what += "; no weights"
+    else:
+        base, id = manifest.base_model.geometry, _code(delta.id)
+        what += f", and what changes {id} into its model ({len(base.owners)} of "
+        what += f"{len(base.layers)} layers own tokens)"
+        lines = [
+            'bundle = kvsmith.Bundle.from_pretrained("this folder or hub name")',
+            f"bundle.apply(model)  # once, to {id.strip('`')} as it was published",
+            "cache = bundle.cache(model)",
+        ]
+    use = "model.generate(**inputs, past_key_values=cache)"
+    return [f"A kvsmith bundle: {what}.", "", "```python", "import kvsmith", *lines, use, "```"]
 
 
 def _newest(codec: CodecSpec, recent: int) -> str:

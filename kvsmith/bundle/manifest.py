@@ -9,19 +9,21 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from kvsmith.bundle.base_model import BaseModel
+from kvsmith.bundle.delta import Delta
 from kvsmith.bundle.errors import BundleError, printable, refuse
 from kvsmith.bundle.strict_json import DAMAGED, read_object
 from kvsmith.eviction.policy import KeepAll
 from kvsmith.layout import check_geometry
 from kvsmith.spec import CacheSpec
-from kvsmith.strict import from_dict, to_dict
+from kvsmith.strict import added_later, from_dict, to_dict
 
 MANIFEST, CARD, SHARD = "manifest.json", "README.md", "cache.safetensors"
 FORMAT: Literal["kvsmith-bundle"] = "kvsmith-bundle"
 VERSION: Literal[1] = 1
 SIZE_LIMIT = 2**20  # bytes of manifest.json
 TOKENS_LIMIT = 2**20  # any token count of the cache
-FILES_LIMIT = 2**30  # bytes of all other files together
+FILES_LIMIT = 2**30  # bytes of all other files together, but for those of a delta
+DELTA_LIMIT = 2**36  # bytes of those
 _SHARD_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}\.safetensors")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _UNSEALED = "0" * 64
@@ -76,6 +78,7 @@ class Manifest:
         calibration: None for a codec without parameters.
         files: every other file of the bundle by name.
         quality: measured numbers by name, may be empty.
+        delta: how the base model comes from another one; None where it is a model of its own.
     """
 
     format: Literal["kvsmith-bundle"]
@@ -86,6 +89,7 @@ class Manifest:
     calibration: Calibration | None
     files: dict[str, FileInfo]
     quality: dict[str, float]
+    delta: Delta | None = added_later(None)
 
 
 def write_manifest(manifest: Manifest) -> bytes:
@@ -151,8 +155,14 @@ def check_manifest(manifest: Manifest, where: str) -> None:
             raise refuse(f"{where}.files.{name}", "sha256", "64 hexadecimal digits", info.sha256)
         if info.size < 0:
             raise refuse(f"{where}.files.{name}", "size", "at least 0", info.size)
-    if (total := sum(info.size for info in manifest.files.values())) > FILES_LIMIT:
-        raise refuse(f"{where}.files", "size of all", f"at most {FILES_LIMIT} bytes", total)
+    changed = () if manifest.delta is None else manifest.delta.files
+    if lacking := [n for n in changed if n not in manifest.files or n == CARD]:
+        raise refuse(f"{where}.delta.files", "name", "that of a shard in files", lacking[0])
+    sizes = {name: info.size for name, info in manifest.files.items()}
+    own = sum(sizes.pop(name) for name in changed)
+    for total, limit in ((sum(sizes.values()), FILES_LIMIT), (own, DELTA_LIMIT)):
+        if total > limit:
+            raise refuse(f"{where}.files", "size of all", f"at most {limit} bytes", total)
     for what, count in _counts(manifest.cache):
         if count > TOKENS_LIMIT:
             unit = "" if what in ("rank", "hidden") else " tokens"

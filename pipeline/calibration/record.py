@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from transformers import PreTrainedModel
 from kvsmith.bundle import BaseModel, Calibration, base_model
 from kvsmith.errors import explain
 from kvsmith.hf import geometry
+from kvsmith.hf.weights import weights_hash as hash_of
 from kvsmith.pipeline.config import input_path
 from kvsmith.pipeline.fit import Sensitivity
 from kvsmith.pipeline.model import ModelConfig
@@ -29,8 +29,6 @@ from kvsmith.strict import from_dict
 
 RECORD = "calibration.json"
 FIT_VERSION = 1  # raised when the same statistics give other parameters
-SAMPLED = 1024  # elements of each weight that enter its hash
-SMALLEST = 2.0**-14  # smallest normal float16
 
 
 @dataclass(frozen=True)
@@ -101,20 +99,8 @@ def describe_model(cfg: ModelConfig, model: PreTrainedModel) -> tuple[BaseModel,
 
 
 def weights_hash(model: PreTrainedModel) -> str:
-    """SHA-256 over names, shapes and 1024 evenly spread elements of all weights.
-
-    Elements are rounded to bfloat16, and to 0 below the normal range of float16, so that the hash
-    is the same in whichever of float32, bfloat16 and float16 the model was loaded. The exception:
-    float32 weights loaded in float16, which rounds otherwise.
-    """
-    state = hashlib.sha256()
-    for name, weight in _weights(model):
-        flat = weight.detach().flatten()
-        some = flat[:: max(1, flat.numel() // SAMPLED)].bfloat16().float().cpu()
-        some = some.masked_fill(some.abs() < SMALLEST, 0.0).contiguous()
-        state.update(f"{name} {list(weight.shape)}\n".encode())
-        state.update(some.numpy().astype("<f4").tobytes())
-    return state.hexdigest()
+    """Hash of a model's weights; see `kvsmith.hf.weights`."""
+    return hash_of(_weights(model))
 
 
 def _weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from kvsmith.bundle import Bundle, Calibration, base_model
 from kvsmith.bundle.manifest import MANIFEST, seal, write_manifest
-from kvsmith.bundle.tensors import encode
+from kvsmith.bundle.shards import encode
 from kvsmith.geometry import LayerGeometry, ModelGeometry
 from kvsmith.spec import CacheSpec
 from tests.golden import GOLDEN, INT4, contents, golden_base, golden_parameters
