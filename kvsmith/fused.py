@@ -1,8 +1,8 @@
 """A decoding step of one layer as a single operation, where the kernel knows all about the layer.
 
 `attention.attend_store` asks here first, on GPUs and CPUs. What `attend_encoded` does not serve
-- pages of two ranks, a mask of the model's own, RoPE at positions with gaps, on a CPU a low-rank
-term - goes its general way, in chunks.
+- pages of two ranks, a mask of the model's own, RoPE at positions with gaps - goes its general way,
+in chunks.
 """
 
 from __future__ import annotations

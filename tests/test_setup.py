@@ -112,7 +112,7 @@ def _files(folder: Path) -> set[str]:
         (Path(parent) / name).relative_to(folder).as_posix()
         for parent, _, names in os.walk(folder)
         for name in names
-        if name.endswith((".py", ".yaml", ".c")) and "__pycache__" not in parent
+        if name.endswith((".py", ".yaml", ".c", ".h")) and "__pycache__" not in parent
     }
 
 

@@ -177,14 +177,11 @@ def attend_encoded(
     impl = impl or chosen(body, q)
     if impl == "reference":
         return reference.attend_encoded(q, body, sinks, recent, query, logits, rope, first)
+    if why := _refused(body, q, impl):
+        raise ValueError(explain("attend_encoded", "impl", "one that supports this layer", why))
     # Both need what is defined here.
     from kvsmith.kernels.attend_encoded import launch, native
 
-    why = unsupported(body, q.shape)
-    if impl == "native":
-        why = why or native.unsupported(body, q)
-    if why:
-        raise ValueError(explain("attend_encoded", "impl", "one that supports this layer", why))
     if impl == "native":
         return native.attend_encoded(q, body, sinks, recent, query, logits, rope, first)
     return launch.attend_encoded(q, body, sinks, recent, query, logits, rope, first, counts)
@@ -192,16 +189,19 @@ def attend_encoded(
 
 def chosen(body: Body, q: torch.Tensor) -> Impl:
     """The implementation that runs where none is asked for."""
+    wanted = preferred(q.device, native=True)
+    return "reference" if wanted != "reference" and _refused(body, q, wanted) else wanted
+
+
+def _refused(body: Body, q: torch.Tensor, impl: Impl) -> str | None:
     from kvsmith.kernels.attend_encoded import native
 
-    if unsupported(body, q.shape):
-        return "reference"
-    wanted = preferred(q.device, native=True)
-    return "reference" if wanted == "native" and native.unsupported(body, q) else wanted
+    why = unsupported(body, q.shape, impl)
+    return native.unsupported(body, q) if impl == "native" and why is None else why
 
 
-def unsupported(body: Body, shape: Sequence[int]) -> str | None:
-    """Why the kernel cannot read a layer, for queries of this shape; None where it can."""
+def unsupported(body: Body, shape: Sequence[int], impl: Impl = "triton") -> str | None:
+    """Why a kernel cannot read a layer, for queries of this shape; None where it can."""
     if shape[1] // body.heads * shape[2] > 64:
         return f"{shape[2]} queries at once"
     for side in (body.k, body.v):
@@ -210,7 +210,8 @@ def unsupported(body: Body, shape: Sequence[int]) -> str | None:
             return f"head dim {side.dim}"
         if fmt.axis == "token" and fmt.group and half % fmt.group and fmt.group != side.dim:
             return f"groups of {fmt.group} channels that straddle the halves of {side.dim}"
-        if side.factors and (side.factors.bits not in (0, 2, 4, 8) or side.dim % 8):
+        odd = impl == "triton" and side.factors and side.factors.bits not in (0, 2, 4, 8)
+        if side.factors and (odd or side.dim % 8):
             return f"factors of {side.factors.bits} bits at head dim {side.dim}"
     if tile_tokens(body) is None:
         return f"blocks or groups of tokens that do not fit pages of {body.page_size}"

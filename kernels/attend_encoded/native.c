@@ -4,161 +4,7 @@
  * A key at p0 + t, p0 the first position of a tile, meets the query as R(p0 + t) k: the query turned
  * back by p0 is made once a tile, R(t) once a call.
  */
-#include <math.h>
-#include <stdint.h>
-#include <string.h>
-
-#define MAX_DIM (K_DIM > V_DIM ? K_DIM : V_DIM)
-#define MAX_ROWS 64
-#define MAX_TILE 128
-
-/* K_DIM and V_DIM, the channels of a head, are given to the compiler: inlined, loops over them have
- * constant ends. */
-#define INLINE static inline __attribute__((always_inline))
-
-typedef float v8f __attribute__((vector_size(32)));
-typedef int32_t v8i __attribute__((vector_size(32), may_alias));
-typedef float v16f __attribute__((vector_size(64), aligned(4), may_alias));
-
-enum { FLOAT32, FLOAT16, BFLOAT16 };
-enum { CALIBRATED, TOKEN, GROUP, CHANNEL };
-
-/* The fields of native.py's _Side and _Task, in their order. */
-typedef struct {
-    int64_t codes, scale_at, zero_at, index, value, start; /* offsets in a row of a page */
-    const float *lut, *scale, *zero;                       /* calibrated ranges [H, D] */
-    int64_t bits, dim, kind, group, slots, store;
-} Side;
-
-typedef struct {
-    Side k, v;
-    const int64_t *pages;
-    const float *q;      /* [B, H, R, D], scaled */
-    const double *turns; /* [D / 2] revolutions a position, NULL without RoPE */
-    const int64_t *shift, *first;
-    const float *slopes; /* [H * R], NULL without */
-    float *out, *lse;    /* [B, H, splits, R, Dv], [B, H, splits, R] */
-    int64_t heads, rows, each, splits, row_bytes, page, tile, block;
-    int64_t begin, stop, sinks, query, window; /* each: new tokens, query columns of a head */
-    double cap;
-} Task;
-
-INLINE float number(const uint8_t *p, int64_t i, int64_t store) {
-    if (store == FLOAT32) return ((const float *)p)[i];
-    if (store == FLOAT16) return (float)((const _Float16 *)p)[i];
-    union { uint32_t bits; float value; } x = {(uint32_t)((const uint16_t *)p)[i] << 16};
-    return x.value;
-}
-
-INLINE int64_t integer(const uint8_t *p, int64_t i, int wide) {
-    return wide ? ((const uint16_t *)p)[i] : p[i];
-}
-
-/* A plane of codes: a byte holds 8 / width channels that lie `size` apart. */
-INLINE void plane(const uint8_t *restrict p, int64_t size, int width, int low,
-                         uint8_t *restrict code) {
-    for (int slot = 0; slot < 8 / width; slot++)
-        for (int64_t j = 0; j < size; j++) {
-            uint8_t part = (uint8_t)((p[j] >> slot * width) & ((1 << width) - 1));
-            code[slot * size + j] = low ? code[slot * size + j] | (uint8_t)(part << low) : part;
-        }
-}
-
-/* Codes of a token in natural order. Shifts are constant where a plane is: bytes stay bytes. */
-INLINE void unpack(const uint8_t *p, int64_t bits, int64_t dim, uint8_t *code) {
-    int low = 0;
-    if (bits == 8) memcpy(code, p, (size_t)dim);
-    if (bits >= 4 && bits < 8) plane(p, dim / 2, 4, 0, code), p += dim / 2, low = 4;
-    if (bits & 2 && low) plane(p, dim / 4, 2, 4, code), p += dim / 4, low = 6;
-    if (bits & 2 && !low) plane(p, dim / 4, 2, 0, code), p += dim / 4, low = 2;
-    if (bits & 1 && low == 6) plane(p, dim / 8, 1, 6, code);
-    if (bits & 1 && low == 4) plane(p, dim / 8, 1, 4, code);
-    if (bits & 1 && low == 2) plane(p, dim / 8, 1, 2, code);
-    if (bits == 1) plane(p, dim / 8, 1, 0, code);
-}
-
-/* Ranges of the channels of a token. */
-static void ranges(const Side *s, const uint8_t *row, int64_t head, int64_t token, int64_t page,
-                   float *scale, float *zero) {
-    const uint8_t *a = row + s->scale_at, *b = row + s->zero_at;
-    int64_t dim = s->dim;
-    if (s->kind == CHANNEL) {
-        int64_t at = (head * (page / s->group) + token / s->group) * dim;
-        for (int64_t d = 0; d < dim; d++) {
-            scale[d] = number(a, at + d, s->store);
-            zero[d] = number(b, at + d, s->store);
-        }
-    } else {
-        int64_t at = (head * page + token) * (dim / s->group);
-        for (int64_t d = 0; d < dim; d++) {
-            scale[d] = number(a, at + d / s->group, s->store);
-            zero[d] = number(b, at + d / s->group, s->store);
-        }
-    }
-}
-
-static void corrections(const Task *t, const Side *s, const uint8_t *row, int64_t head,
-                        int64_t token, int64_t count, float *x) {
-    int64_t each = t->block * s->slots, dim = s->dim;
-    int wide = t->block * dim > 256, wide_start = each > 255;
-    for (int64_t b = token / t->block; b * t->block < token + count; b++) {
-        int64_t first = integer(row + s->start, b * (t->heads + 1) + head, wide_start);
-        int64_t last = integer(row + s->start, b * (t->heads + 1) + head + 1, wide_start);
-        int64_t base = (b * t->block - token) * dim;
-        for (int64_t i = b * each + first; i < b * each + last; i++) {
-            int64_t place = base + integer(row + s->index, i, wide);
-            if (place < count * dim) x[place] += number(row + s->value, i, s->store);
-        }
-    }
-}
-
-/* Levels of codes. A codebook of up to 16 fits two registers. */
-INLINE void levels(const Side *s, const uint8_t *code, int64_t count, float *x) {
-    v8f half[2] = {{0}, {0}};
-    if (s->bits > 4) {
-        for (int64_t i = 0; i < count; i++) x[i] = s->lut[code[i]];
-        return;
-    }
-    for (int64_t i = 0; i < 1 << s->bits; i++) half[i / 8][i % 8] = s->lut[i];
-    for (int64_t i = 0; i < count; i += 16) {
-        int32_t wide[16] __attribute__((aligned(64)));
-        for (int j = 0; j < 16; j++) wide[j] = code[i + j];
-        for (int j = 0; j < 16; j += 8) {
-            v8f level = __builtin_shuffle(half[0], half[1], *(v8i *)(wide + j));
-            memcpy(x + i + j, &level, sizeof level);
-        }
-    }
-}
-
-/* Undo the normalisation. */
-INLINE void denormalise(const Task *t, const Side *s, const uint8_t *row, int64_t head,
-                        int64_t token, int64_t count, int64_t dim, float *x) {
-    float own[2][MAX_DIM];
-    const float *scale = own[0], *zero = own[1];
-    if (s->kind == CALIBRATED) scale = s->scale + head * dim, zero = s->zero + head * dim;
-    for (int64_t i = 0; i < count; i++, x += dim) {
-        if (s->kind == TOKEN) {
-            float a = number(row + s->scale_at, token + i, s->store);
-            float b = number(row + s->zero_at, token + i, s->store);
-            for (int64_t d = 0; d < dim; d++) x[d] = x[d] * a + b;
-            continue;
-        }
-        if (s->kind == GROUP || (s->kind == CHANNEL && i == 0))
-            ranges(s, row, head, token + i, t->page, own[0], own[1]);
-        for (int64_t d = 0; d < dim; d++) x[d] = x[d] * scale[d] + zero[d];
-    }
-}
-
-/* Dense tokens [count, D] of a head from `token` of a page on. */
-INLINE void decode(const Task *t, const Side *s, const uint8_t *row, int64_t head, int64_t token,
-                   int64_t count, int64_t dim, float *x) {
-    uint8_t code[MAX_TILE * MAX_DIM] __attribute__((aligned(64)));
-    const uint8_t *p = row + s->codes + (head * t->page + token) * dim * s->bits / 8;
-    for (int64_t i = 0; i < count; i++) unpack(p + i * dim * s->bits / 8, s->bits, dim, code + i * dim);
-    levels(s, code, count * dim, x);
-    denormalise(t, s, row, head, token, count, dim, x);
-    if (s->slots) corrections(t, s, row, head, token, count, x);
-}
+#include "native.h"
 
 /* Channels d and d + D/2 as a complex number, times c + i s. */
 INLINE void turn(float *restrict x, const float *restrict c, const float *restrict s, int64_t half) {
@@ -196,7 +42,13 @@ INLINE float dot(const float *restrict a, const float *restrict b, int64_t dim) 
     return total;
 }
 
+/* A of the block that is read, and each query on B (keys) or its weights on A so far (values). */
 typedef struct {
+    float left[MAX_RANK][MAX_BLOCK], inner[MAX_ROWS][MAX_RANK];
+} Low;
+
+typedef struct {
+    Low k, v;
     float logits[MAX_ROWS][MAX_TILE], out[MAX_ROWS][MAX_DIM], turned[MAX_ROWS][MAX_DIM];
     float x[MAX_TILE * MAX_DIM], cos[MAX_TILE][MAX_DIM / 2], sin[MAX_TILE][MAX_DIM / 2];
     float most[MAX_ROWS], total[MAX_ROWS];
@@ -244,7 +96,7 @@ static void shape(const Task *t, float *logits, int64_t count, int64_t column, i
 }
 
 /* A tile's logits of a query become weights; what was summed before is scaled to the new maximum. */
-INLINE void softmax_step(Work *w, int64_t r, int64_t count, int64_t dim) {
+INLINE void softmax_step(Work *w, int64_t r, int64_t count, int64_t dim, int64_t rank) {
     float *p = w->logits[r], most = w->most[r], total = 0;
     for (int64_t i = 0; i < count; i++) most = p[i] > most ? p[i] : most;
     if (most == -INFINITY) {
@@ -255,6 +107,7 @@ INLINE void softmax_step(Work *w, int64_t r, int64_t count, int64_t dim) {
         float shrink = power_of_two((w->most[r] - most) * 1.44269504f);
         w->total[r] *= shrink;
         for (int64_t d = 0; d < dim; d++) w->out[r][d] *= shrink;
+        for (int64_t c = 0; c < rank; c++) w->v.inner[r][c] *= shrink;
         w->most[r] = most;
     }
     for (int64_t i = 0; i < count; i++) {
@@ -265,8 +118,59 @@ INLINE void softmax_step(Work *w, int64_t r, int64_t count, int64_t dim) {
     w->total[r] += total;
 }
 
+/* logits + (q B) A^T; a block's q B is made where the block begins. */
+static void low_logits(const Task *t, Work *w, const uint8_t *row, int64_t head, int64_t token,
+                       int64_t count, const float *q) {
+    const Side *s = &t->k;
+    float right[K_DIM];
+    for (int64_t i = 0, n; i < count; i += n) {
+        int64_t o = (token + i) % t->block, first = first_column(t, s, head, token + i);
+        n = t->block - o < count - i ? t->block - o : count - i;
+        for (int64_t c = 0; c < s->rank; c++) {
+            if (!o) {
+                float scale = scale_of(s, row, first + c);
+                column_of(s, row + s->left, first + c, t->block, w->k.left[c]);
+                column_of(s, row + s->right, first + c, K_DIM, right);
+                for (int64_t r = 0; r < t->rows; r++)
+                    w->k.inner[r][c] = dot(q + r * K_DIM, right, K_DIM) * scale;
+            }
+            for (int64_t r = 0; r < t->rows; r++)
+                for (int64_t j = 0; j < n; j++)
+                    w->logits[r][i + j] += w->k.inner[r][c] * w->k.left[c][o + j];
+        }
+    }
+}
+
+/* p A of a block, times B^T where it ends; both scaled as `out` is. */
+static void low_values(const Task *t, Work *w, const uint8_t *row, int64_t head, int64_t token,
+                       int64_t count, int last) {
+    const Side *s = &t->v;
+    float right[V_DIM];
+    for (int64_t i = 0, n; i < count; i += n) {
+        int64_t o = (token + i) % t->block, first = first_column(t, s, head, token + i);
+        n = t->block - o < count - i ? t->block - o : count - i;
+        int whole = o + n == t->block || (last && i + n == count);
+        for (int64_t c = 0; c < s->rank; c++) {
+            if (!o) column_of(s, row + s->left, first + c, t->block, w->v.left[c]);
+            for (int64_t r = 0; r < t->rows; r++) {
+                float sum = 0;
+                for (int64_t j = 0; j < n; j++) sum += w->logits[r][i + j] * w->v.left[c][o + j];
+                w->v.inner[r][c] += sum;
+            }
+            if (!whole) continue;
+            float scale = scale_of(s, row, first + c);
+            column_of(s, row + s->right, first + c, V_DIM, right);
+            for (int64_t r = 0; r < t->rows; r++) {
+                float weight = w->v.inner[r][c] * scale;
+                for (int64_t d = 0; d < V_DIM; d++) w->out[r][d] += weight * right[d];
+                w->v.inner[r][c] = 0;
+            }
+        }
+    }
+}
+
 INLINE void tile(const Task *t, Work *w, const uint8_t *row, int64_t b, int64_t h, int64_t at,
-                 int64_t count) {
+                 int64_t count, int last) {
     const int64_t dim = K_DIM, dim_v = V_DIM, column = at + t->sinks;
     const float *q = t->q + (b * t->heads + h) * t->rows * dim;
     decode(t, &t->k, row, h, at % t->page, count, dim, w->x);
@@ -276,10 +180,13 @@ INLINE void tile(const Task *t, Work *w, const uint8_t *row, int64_t b, int64_t 
     }
     for (int64_t r = 0; r < t->rows; r++) {
         const float *own = t->turns ? w->turned[r] : q + r * dim;
-        float slope = t->slopes ? t->slopes[h * t->rows + r] : 0;
         for (int64_t i = 0; i < count; i++) w->logits[r][i] = dot(own, w->x + i * dim, dim);
+    }
+    if (t->k.rank) low_logits(t, w, row, h, at % t->page, count, q);
+    for (int64_t r = 0; r < t->rows; r++) {
+        float slope = t->slopes ? t->slopes[h * t->rows + r] : 0;
         shape(t, w->logits[r], count, column, t->first[b] + t->sinks, t->query + r % t->each, slope);
-        softmax_step(w, r, count, dim_v);
+        softmax_step(w, r, count, dim_v, t->v.rank);
     }
     decode(t, &t->v, row, h, at % t->page, count, dim_v, w->x);
     for (int64_t r = 0; r < t->rows; r++)
@@ -289,6 +196,7 @@ INLINE void tile(const Task *t, Work *w, const uint8_t *row, int64_t b, int64_t 
                 sum += w->logits[r][i] * *(const v16f *)(w->x + i * dim_v + d);
             *(v16f *)(w->out[r] + d) = sum;
         }
+    if (t->v.rank) low_values(t, w, row, h, at % t->page, count, last);
 }
 
 /* Task number `n` of B * H * splits. */
@@ -299,13 +207,14 @@ void attend_body(const Task *t, int64_t n) {
     int64_t share = (pages + t->splits - 1) / t->splits * t->page;
     int64_t at = t->begin + split * share, end = at + share < t->stop ? at + share : t->stop;
     memset(w->out, 0, sizeof w->out);
+    memset(w->v.inner, 0, sizeof w->v.inner);
     for (int64_t r = 0; r < t->rows; r++) w->most[r] = -INFINITY, w->total[r] = 0;
     if (t->turns) start_turning(t, w, at + t->sinks + t->shift[b]);
     for (; at < end; at += t->tile) {
         const uint8_t *page = (const uint8_t *)t->pages[(at - t->begin) / t->page];
         const uint8_t *row = page + b * t->row_bytes;
         int64_t count = end - at < t->tile ? end - at : t->tile;
-        tile(t, w, row, b, h, at, count);
+        tile(t, w, row, b, h, at, count, at + count == end);
     }
     for (int64_t r = 0; r < t->rows; r++) {
         float total = w->total[r];

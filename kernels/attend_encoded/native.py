@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from kvsmith.kernels.attend_encoded.api import Body, Logits, Rope, Window, tile_tokens
-from kvsmith.kernels.attend_encoded.launch import page_table, turned
+from kvsmith.kernels.attend_encoded.launch import PARTS, page_table, turned
 from kvsmith.kernels.attend_encoded.reference import attend_windows
 from kvsmith.kernels.partial import Partial
 
@@ -28,13 +28,16 @@ FLAGS = ["-O3", "-march=native", "-std=gnu11", "-shared", "-fPIC", "-fassociativ
 FLAGS += ["-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno"]
 STORES = (torch.float32, torch.float16, torch.bfloat16)
 KINDS = ("calibrated", "token", "group", "channel")
+# As native.c bounds them.
+MAX_RANK, MAX_BLOCK = 64, 256
+_SHAPE = ("bits", "dim", "kind", "group", "slots", "store", "rank", "width")
 
 
 class _Side(ctypes.Structure):
     _fields_ = [
-        *((n, ctypes.c_int64) for n in ("codes", "scale", "zero", "index", "value", "start")),
+        *((n, ctypes.c_int64) for n in PARTS),
         *((n, ctypes.c_void_p) for n in ("lut", "all_scale", "all_zero")),
-        *((n, ctypes.c_int64) for n in ("bits", "dim", "kind", "group", "slots", "store")),
+        *((n, ctypes.c_int64) for n in _SHAPE),
     ]
 
 
@@ -78,10 +81,12 @@ def unsupported(body: Body, q: torch.Tensor) -> str | None:
     if q.device.type != "cpu" or q.dtype == torch.float64:
         return f"{q.dtype} on {q.device}"
     for side in (body.k, body.v):
-        if side.factors is not None:
-            return "a low-rank term"
         if side.dim % 16:
             return f"head dim {side.dim}"
+        if side.factors and (side.rank > MAX_RANK or side.factors.block > MAX_BLOCK):
+            return f"rank {side.rank} in blocks of {side.factors.block}"
+        if side.factors and side.factors.bits and side.factors.block % 8:
+            return f"factors of {side.factors.bits} bits in blocks of {side.factors.block}"
     return "no C compiler" if library(body.k.dim, body.v.dim) is None else None
 
 
@@ -175,10 +180,9 @@ def _side(body: Body, i: int) -> _Side:
     side, tensors = (body.k, body.v)[i], body.pages[0].sides[i]
     fmt, tables = side.format, side.tables
     base = body.pages[0].sides[0]["codes"].data_ptr()
-    names = ("codes", "scale", "zero", "index", "value", "start")
     kind = "calibrated" if tables.scale is not None else str(fmt.axis)
     return _Side(
-        **{n: tensors[n].data_ptr() - base for n in names if n in tensors},
+        **{n: tensors[n].data_ptr() - base for n in PARTS if n in tensors},
         lut=tables.lut.data_ptr(),
         all_scale=None if tables.scale is None else tables.scale.data_ptr(),
         all_zero=None if tables.zero is None else tables.zero.data_ptr(),
@@ -188,4 +192,6 @@ def _side(body: Body, i: int) -> _Side:
         group=fmt.group,
         slots=fmt.slots,
         store=STORES.index(fmt.store),
+        rank=side.rank,
+        width=side.factors.bits if side.factors else 0,
     )
