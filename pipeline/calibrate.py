@@ -87,6 +87,8 @@ def run(cfg: CalibrateConfig, folder: Path) -> Path:
         model, tokenizer = load_model(cfg.model)  # SIGTERM ends this at once; nothing is lost
         check_context(model, cfg.length)
         asked = request(cfg.fit, cfg.target_bits, cfg.curve, geometry(model.config))
+        if asked is not None:
+            asked.options.window(model_context(model.config))
 
         def read(split: Split, count: int, length: int) -> Tensor:
             return token_blocks(tokenizer, cfg.data, split, count, length, seed=cfg.seed)

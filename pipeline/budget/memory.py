@@ -22,7 +22,7 @@ from kvsmith.pipeline.calibrate import CalibrateConfig, calibrate
 from kvsmith.pipeline.data import TextfileData
 from kvsmith.pipeline.data.tokens import token_stream
 from kvsmith.pipeline.log import Run
-from kvsmith.pipeline.model import ModelConfig
+from kvsmith.pipeline.model import ModelConfig, model_context
 from kvsmith.pipeline.stage import Stop
 
 SAMPLES = 64  # sequences at most
@@ -41,8 +41,7 @@ def fit_bundle(
     Raises:
         ValueError: no budget, one that nothing fits, or too little text.
     """
-    text = model.config.get_text_config(decoder=True)
-    length = options.window(getattr(text, "max_position_embeddings", None))
+    length = options.window(model_context(model.config))
     asked = request(options, target_bits, False, geometry(model.config))
     if asked is None or asked.budget is None:
         raise ValueError(explain("fit", "budget", "given as bits= or bytes=", "nothing"))

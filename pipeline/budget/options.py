@@ -10,6 +10,7 @@ from kvsmith.geometry import ModelGeometry
 from kvsmith.units import parse_bytes, parse_count
 
 LENGTH = 512  # tokens of a window, where the model's context allows it
+SHORTEST = 8
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,17 @@ class BudgetOptions:
         """`chunk` as a number."""
         return self.chunk or (8 if len(self.recents) > 1 else 32)
 
-    def window(self, context: int | None) -> int:
-        """Tokens of a window, for a model of so many positions."""
-        return self.length or min(LENGTH, context or LENGTH)
+    def window(self, context: int) -> int:
+        """Tokens of a window, for a model of so many positions.
+
+        Raises:
+            ValueError: they are too few to score one, or beyond the model's positions.
+        """
+        length = min(LENGTH, context) if self.length is None else self.length
+        if not SHORTEST <= length <= context:
+            expected = f"at least {SHORTEST}, and at most the model's context of {context}"
+            raise ValueError(explain("fit.length", "tokens of a window", expected, length))
+        if self.prefill is not None and not 1 <= self.prefill <= length - 2:
+            expected = f"between 1 and fit.length - 2 = {length - 2}"
+            raise ValueError(explain("fit.prefill", "tokens", expected, self.prefill))
+        return length

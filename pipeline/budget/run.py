@@ -21,6 +21,7 @@ from kvsmith.pipeline.data.split import Split
 from kvsmith.pipeline.evaluation.find import shown
 from kvsmith.pipeline.fit import Sensitivity
 from kvsmith.pipeline.log import Run
+from kvsmith.pipeline.model import model_context
 from kvsmith.pipeline.report.budget import plot_budget
 from kvsmith.pipeline.stage import Stop
 from kvsmith.pipeline.workers import ALONE, Workers
@@ -110,8 +111,7 @@ def spend(
         The bundle's folder; None for a curve alone, and in processes that do not lead.
     """
     o = asked.options
-    text = model.config.get_text_config(decoder=True)
-    length = o.window(getattr(text, "max_position_embeddings", None))
+    length = o.window(model_context(model.config))
     windows = read("calibration", o.windows, length)
     heldout = read("heldout", o.check, length) if o.check else None
     problem = pose(

@@ -227,6 +227,21 @@ def test_ranks_are_choices_too(micro_llama: Callable[..., Any]) -> None:
         BudgetOptions(ranks=(-1,))
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"length": 3}, "fit.length: tokens of a window must be at least 8, and at most .* got 3"),
+        ({"length": 65}, "fit.length: tokens .* at most the model's context of 64, got 65"),
+        ({"prefill": 63}, r"fit.prefill: tokens must be between 1 and fit.length - 2 = 62, got 63"),
+        ({"prefill": 0}, "fit.prefill: tokens must be between 1 and .* got 0"),
+    ],
+)
+def test_windows_that_score_nothing_are_refused(options: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        BudgetOptions(**options).window(64)
+    assert BudgetOptions().window(64) == 64 and BudgetOptions(length=9).window(64) == 9
+
+
 def test_nothing_asked_is_nothing_done(micro_llama: Callable[..., Any]) -> None:
     assert request(BudgetOptions(), None, False, SHAPE) is None
     with pytest.raises(ValueError, match="fit: budget must be given as bits= or bytes=, got noth"):
