@@ -54,9 +54,16 @@ class Rotation(Protocol):
     def pairs_halves(self) -> bool:
         """Whether channels d and d + D/2 turn together, or nothing turns: `tiles` may be called."""
 
-    def tiles(self, k: torch.Tensor, start: int, order: torch.Tensor, /) -> torch.Tensor:
-        """Rotate [B, H, C, D] float32 keys in tile order, at columns start, start + 1, ..., in
-        place.
+    def tiles(
+        self,
+        k: torch.Tensor,
+        start: int | None,
+        columns: torch.Tensor | None,
+        order: torch.Tensor,
+        /,
+    ) -> torch.Tensor:
+        """Rotate [B, H, C, D] float32 keys in tile order, in place, that lie at columns start,
+        start + 1, ... or at `columns` [B, H, C].
         """
 
     def __call__(
@@ -144,7 +151,7 @@ def attend_store(
                 v_low=segment.v_low,
             )
             if segment.v_order is not None:
-                part = Partial(_natural(part.out, segment.v_order), part.lse)
+                part = Partial(natural(part.out, segment.v_order), part.lse)
             if segment.v_turn is not None:
                 part = Partial(_turned(part.out, segment.v_turn.mT), part.lse)
             add(i, part)
@@ -177,8 +184,8 @@ def _rotated(
         q = _turned(q, segment.k_turn)
     if segment.k_order is None:
         return rotate(segment.k, segment.start, segment.columns), q
-    assert segment.start is not None
-    return rotate.tiles(segment.k, segment.start, segment.k_order), q[..., segment.k_order]
+    keys = rotate.tiles(segment.k, segment.start, None, segment.k_order)
+    return keys, q[..., segment.k_order]
 
 
 def _turned(x: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
@@ -187,7 +194,7 @@ def _turned(x: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
     return (grouped @ turn[:, None]).flatten(1, 2).to(x.dtype)
 
 
-def _natural(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+def natural(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     """Channels [..., D] back in natural order."""
     return torch.empty_like(x).index_copy_(-1, order, x)
 

@@ -9,6 +9,9 @@ import torch
 from kvsmith.pairing import Pairing
 from kvsmith.rope import Positions, RotarySource, Rotate, TableSource
 
+# Positions between two entries of the coarse one of two tables.
+FINE = 256
+
 
 @dataclass(frozen=True)
 class KeyRotation:
@@ -47,15 +50,44 @@ class KeyRotation:
         turned = self.rotate(self.pairing.natural(k), cos, sin).to(k.dtype)
         return self.pairing.arranged(turned)
 
-    def tiles(self, k: torch.Tensor, start: int, order: torch.Tensor) -> torch.Tensor:
-        """Rotate [B, H, C, D] float32 in tile order, in place."""
+    def tiles(
+        self, k: torch.Tensor, start: int | None, columns: torch.Tensor | None, order: torch.Tensor
+    ) -> torch.Tensor:
+        """Rotate [B, H, C, D] float32 in tile order, in place; see `attention.Rotation`."""
         if self.source is None:
             return k
-        # Every channel of the lower half is followed by its partner.
-        angles = self._angles(start, k.shape[2], k.device).index_select(-1, order[::2])
+        if start is None:
+            assert columns is not None
+            angles = self._angles_at(columns)
+        else:
+            angles = self._angles(start, k.shape[2], k.device)[:, None]
         pairs = torch.view_as_complex(k.unflatten(-1, (-1, 2)))
-        pairs *= angles[:, None]
+        # Every channel of the lower half is followed by its partner.
+        pairs *= angles.index_select(-1, order[::2])
         return k
+
+    def _angles_at(self, columns: torch.Tensor) -> torch.Tensor:
+        """cos + i sin [B, H, C, D/2] complex64 of `columns` [B, H, C].
+
+        On a CPU by tables of every 256th position and of those between.
+        """
+        positions, source, pairing = self.positions, self.source, self.pairing
+        assert source is not None and pairing is not None
+        flat, device = columns.flatten(1), columns.device
+        if positions.epochs or device.type != "cpu":
+            rope = positions.cos_sin(source, self.dtype, None, 0, flat, device)
+            return pairing.turns(rope).view(*columns.shape, -1)
+        most = int(positions.every().max()) // FINE + 1
+        coarse = positions.shared(
+            ("coarse", source, most), lambda: _table(source, pairing, FINE, most, device)
+        )
+        fine = positions.shared(
+            ("steps", source, FINE, device), lambda: _steps(source, pairing, FINE, device)
+        )
+        ids = positions.at(flat).flatten()
+        turns = coarse.index_select(0, ids // FINE)
+        turns *= fine.index_select(0, ids % FINE)
+        return turns.view(*columns.shape, -1)
 
     def _angles(self, start: int, count: int, device: torch.device) -> torch.Tensor:
         """cos + i sin [rows, count, D/2] complex64 of the columns from `start` on.
@@ -74,14 +106,28 @@ class KeyRotation:
             lambda: pairing.turns(source(ids[:, :1], torch.float32)).to(device),
         )
         steps = positions.shared(
-            ("steps", source, count, device), lambda: _steps(source, pairing, ids[:1]).to(device)
+            ("steps", source, count, device),
+            lambda: _steps(source, pairing, count, ids.device).to(device),
         )
         return first * steps
 
 
-def _steps(source: RotarySource | TableSource, pairing: Pairing, ids: torch.Tensor) -> torch.Tensor:
-    """Turns by 0, 1, 2, ... positions, [1, C, D/2] complex64, for `ids` [1, C]."""
-    every = torch.arange(ids.shape[1], device=ids.device)[None]
-    turns = pairing.turns(source(every, torch.float32))
+def _table(
+    source: RotarySource | TableSource,
+    pairing: Pairing,
+    step: int,
+    count: int,
+    device: torch.device,
+) -> torch.Tensor:
+    """cos + i sin [C, D/2] complex64 of positions 0, step, 2 step, ..."""
+    ids = torch.arange(0, step * count, step, device=device)[None]
+    return pairing.turns(source(ids, torch.float32))[0]
+
+
+def _steps(
+    source: RotarySource | TableSource, pairing: Pairing, count: int, device: torch.device
+) -> torch.Tensor:
+    """Turns by 0, 1, 2, ... positions, [C, D/2] complex64."""
+    turns = _table(source, pairing, 1, count, device)
     # YaRN scales cos and sin; position 0 is that scale.
-    return turns / turns[:, :1]
+    return turns / turns[:1]

@@ -235,6 +235,16 @@ class Positions:
         ids = torch.cat(self.pages[first:last], dim=1)
         return ids[:, start - first * self.page_size : stop - first * self.page_size].long()
 
+    def every(self) -> torch.Tensor:
+        """[rows, columns held] int64, made once a forward pass."""
+        return self.shared("every", lambda: self.window(0, self.length))
+
+    def at(self, columns: torch.Tensor) -> torch.Tensor:
+        """[B, C] int64 position ids of `columns` [B, C], those beyond the last one being its."""
+        ids = self.every()
+        index = columns.to(ids.device).clamp(max=self.length - 1)
+        return ids.expand(index.shape[0], -1).gather(1, index)
+
     def cos_sin(
         self,
         source: RotarySource | TableSource,
@@ -247,10 +257,7 @@ class Positions:
         """cos and sin of columns start..stop-1, or of `columns` [B, C], on `device`."""
         if start is None:
             assert columns is not None
-            ids = self.window(0, self.length)
-            index = columns.clamp(max=self.length - 1).to(ids.device)
-            chosen = ids.expand(index.shape[0], -1).gather(1, index)
-            return _moved(self._chosen(source, chosen, dtype, index), device)
+            return _moved(self._chosen(source, self.at(columns), dtype, columns), device)
         key = (source, dtype, start, stop, device)
         if key not in self._memo:
             made = _moved(self._range(source, self.window(start, stop), dtype, start), device)
@@ -285,6 +292,7 @@ class Positions:
         if not self.epochs:
             return source(ids, dtype)
         cos, sin = source(ids, dtype, self.epochs[0][1])
+        columns = columns.to(ids.device)
         last = int(columns.max())
         for first, frozen in self.epochs[1:]:
             if first <= last:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -78,6 +79,11 @@ class LayerStore:
         self.codecs = (k, v)
         self.pairing: Pairing | None = None
         self.clear()
+
+    @property
+    def key_domain(self) -> Literal["pre", "post"]:
+        """Whether keys lie as before or as after RoPE."""
+        return self.spec.key_domain
 
     def arrange(self, pairing: Pairing | None) -> None:
         """Have keys lie in the order of these pairs, from the first token on."""

@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 
 from kvsmith.errors import explain
 from kvsmith.kernels.attend import reference
 from kvsmith.kernels.low_rank.api import LowRankTerm
 from kvsmith.kernels.partial import Partial
+
+
+@dataclass(frozen=True)
+class Part:
+    """A set of tokens and the queries that meet it; q, k, v and mask as in `attend`.
+
+    Attributes:
+        q: [B, H * G, T, D], channels in the order of k's.
+        k: [B, H, C, D].
+        v: [B, H, C, Dv].
+        mask: see `attend`.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    mask: torch.Tensor | None = None
 
 
 def attend(
@@ -46,3 +66,20 @@ def attend(
             explain("attend", "shapes", "q [B, H*G, T, D], k [B, H, C, D], v [B, H, C, Dv]", shapes)
         )
     return reference.attend(q, k, v, scale, mask, softcap, k_low, v_low)
+
+
+def attend_parts(
+    parts: Sequence[Part], *, scale: float, softcap: float | None = None
+) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+    """Attend to several sets of tokens as to one, without a copy that joins them.
+
+    Args:
+        parts: the sets; q are the same queries in all of them.
+        scale, softcap: as in `attend`.
+
+    Returns:
+        outs: [B, H * G, T, Dv] float32 of each set, to be summed;
+        lse: [B, H * G, T] float32 over all sets;
+        weights: [B, H * G, T, C] float32, the softmax over all sets.
+    """
+    return reference.attend_parts(parts, scale, softcap)

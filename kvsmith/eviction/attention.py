@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
-from kvsmith.attention import LOGIT_ELEMENTS, Mask, Scores, attend_dense, sink_partial
+from kvsmith.attention import (
+    LOGIT_ELEMENTS,
+    Mask,
+    Rotation,
+    Scores,
+    attend_dense,
+    natural,
+    sink_partial,
+)
 from kvsmith.eviction.store import EvictingStore
 from kvsmith.eviction.tokens import Tokens
-from kvsmith.kernels.attend.api import attend
+from kvsmith.kernels.attend.api import Part, attend_parts
 from kvsmith.kernels.column_scores.api import column_scores
 from kvsmith.kernels.partial import Partial
-
-# Rotates [B, H, C, D] keys at columns [B, C]; see `attention.Rotation`.
-Rotate = Callable[[torch.Tensor, int | None, torch.Tensor | None], torch.Tensor]
 
 
 def attend_kept(
@@ -23,7 +28,7 @@ def attend_kept(
     v: torch.Tensor,
     store: EvictingStore,
     mask: Mask,
-    rotate: Rotate,
+    rotate: Rotation,
     scores: Scores,
     reader: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -61,7 +66,7 @@ def attend_there(
     v: torch.Tensor,
     store: EvictingStore,
     mask: Mask,
-    rotate: Rotate,
+    rotate: Rotation,
     scores: Scores,
     whole: torch.Tensor | None = None,
 ) -> tuple[Partial, torch.Tensor | None]:
@@ -72,99 +77,99 @@ def attend_there(
         whole: [B, Hq, T] lse of the queries over all tokens ever; mass is then the attention of a
             model that evicts nothing, as H2O's published code scores. None in decoding.
     """
-    old, policy, T = store.kept(), store.policy, q.shape[2]
-    keys, values = k, v
-    if old is not None:
-        keys = torch.cat([rotate_tokens(rotate, old), k], 2)
-        values = torch.cat([old.v, v], 2)
-    held, before = keys.shape[2] - k.shape[2], store.length - k.shape[2]
-    mass = keys.new_zeros(keys.shape[:3], dtype=torch.float32) if policy.scored else None
-    parts = []
-    for rows in _row_slices(q, keys):
+    old, policy, T = store.parts((rotate.pairs_halves, True)), store.policy, q.shape[2]
+    keys = [rotate_tokens(rotate, p) for p in old]
+    held, before = sum(x.shape[2] for x in keys), store.length - k.shape[2]
+    shape = (*k.shape[:2], held + k.shape[2])
+    mass = k.new_zeros(shape, dtype=torch.float32) if policy.scored else None
+    done = []
+    for rows in _row_slices(q, shape[2]):
         # The queries are the last T of the new tokens.
         stop = k.shape[2] - T + rows.stop if mask.is_causal else k.shape[2]
-        some, seen_keys = q[:, :, rows], keys[:, :, : held + stop]
-        seen = _visible(mask, rows, old, before, stop, q.shape[1])
-        part = attend(
-            some,
-            seen_keys,
-            values[:, :, : held + stop],
-            scale=scores.scale,
-            mask=seen,
-            softcap=scores.softcap,
-        )
-        if scores.sink is not None:
-            part = part.merge(sink_partial(scores.sink, part))
+        some = q[:, :, rows]
+        parts = [
+            Part(_ordered(some, p), x, p.v, _visible(mask, rows, p, before, q.shape[1]))
+            for x, p in zip(keys, old, strict=True)
+        ]
+        new = mask.window(rows, slice(before, before + stop))
+        parts.append(Part(some, k[:, :, :stop], v[:, :, :stop], new))
+        part, weights = _attended(parts, old, scores)
         if mass is not None and (rows.stop == T or not policy.last_query):
-            only = slice(-1, None) if policy.last_query else slice(None)
-            lse = part.lse if whole is None else whole[:, :, rows]
-            mass[:, :, : held + stop] += _mass(some, seen_keys, lse, seen, scores, only)
-        parts.append(part)
-    return Partial(torch.cat([p.out for p in parts], 2), torch.cat([p.lse for p in parts], 2)), mass
+            if T == 1 and whole is None and scores.sink is None:
+                mass = weights.unflatten(1, (k.shape[1], -1)).sum((2, 3))
+            else:
+                only = slice(-1, None) if policy.last_query else slice(None)
+                lse = part.lse if whole is None else whole[:, :, rows]
+                mass[:, :, : held + stop] += _mass(parts, lse, scores, only)
+        done.append(part)
+    return Partial(torch.cat([p.out for p in done], 2), torch.cat([p.lse for p in done], 2)), mass
 
 
-def rotate_tokens(rotate: Rotate, tokens: Tokens) -> torch.Tensor:
-    """Keys [B, H, C, D] after RoPE; heads are laid side by side, since each has its own columns."""
+def _attended(
+    parts: Sequence[Part], old: Sequence[Tokens], scores: Scores
+) -> tuple[Partial, torch.Tensor]:
+    """Attention over all parts, kept ones first, and its weights before a learned sink."""
+    outs, lse, weights = attend_parts(parts, scale=scores.scale, softcap=scores.softcap)
+    out = outs[-1]
+    for x, tokens in zip(outs, old, strict=False):
+        out = out + (x if tokens.v_order is None else natural(x, tokens.v_order))
+    part = Partial(out, lse)
+    return part if scores.sink is None else part.merge(sink_partial(scores.sink, part)), weights
+
+
+def rotate_tokens(rotate: Rotation, tokens: Tokens) -> torch.Tensor:
+    """Keys [B, H, C, D] after RoPE, their channels in the order that they have."""
+    if tokens.k_order is not None:
+        return rotate.tiles(tokens.k, tokens.start, tokens.columns.clamp(min=0), tokens.k_order)
+    if tokens.start is not None:
+        return rotate(tokens.k, tokens.start, None)
+    # Heads are laid side by side, since each has its own columns.
     B, H, C, D = tokens.k.shape
     flat = tokens.k.reshape(B, 1, H * C, D)
     return rotate(flat, None, tokens.columns.reshape(B, -1).clamp(min=0)).view(B, H, C, D)
 
 
-def _mass(
-    q: torch.Tensor,
-    keys: torch.Tensor,
-    lse: torch.Tensor,
-    seen: torch.Tensor | None,
-    scores: Scores,
-    only: slice,
-) -> torch.Tensor:
-    """[B, H, C]: attention that keys receive from the queries in `only`."""
-    mask = seen if seen is None or seen.shape[2] == 1 else seen[:, :, only]
-    return column_scores(
-        q[:, :, only],
-        keys,
-        lse[:, :, only],
-        scale=scores.scale,
-        mask=mask,
-        softcap=scores.softcap,
-    )
+def _ordered(q: torch.Tensor, tokens: Tokens) -> torch.Tensor:
+    """Queries with their channels in the order of the keys'."""
+    return q if tokens.k_order is None else q[..., tokens.k_order]
 
 
-def _row_slices(q: torch.Tensor, keys: torch.Tensor) -> Iterator[slice]:
+def _mass(parts: Sequence[Part], lse: torch.Tensor, scores: Scores, only: slice) -> torch.Tensor:
+    """[B, H, C]: attention that keys of all parts receive from the queries in `only`."""
+    found = []
+    for x in parts:
+        shared = x.mask is None or x.mask.shape[2] == 1
+        found.append(
+            column_scores(
+                x.q[:, :, only],
+                x.k,
+                lse[:, :, only],
+                scale=scores.scale,
+                mask=x.mask if x.mask is None or shared else x.mask[:, :, only],
+                softcap=scores.softcap,
+            )
+        )
+    return torch.cat(found, 2)
+
+
+def _row_slices(q: torch.Tensor, tokens: int) -> Iterator[slice]:
     """Queries a few at a time, so that their logits stay small."""
-    step = max(1, LOGIT_ELEMENTS // (q.shape[0] * q.shape[1] * keys.shape[2]))
+    step = max(1, LOGIT_ELEMENTS // (q.shape[0] * q.shape[1] * tokens))
     T = q.shape[2]
     return (slice(i, min(i + step, T)) for i in range(0, T, step))
 
 
 def _visible(
-    mask: Mask, rows: slice, old: Tokens | None, before: int, stop: int, query_heads: int
+    mask: Mask, rows: slice, tokens: Tokens, before: int, query_heads: int
 ) -> torch.Tensor | None:
-    """[B, Hq or 1, rows or 1, C + stop] bool or float of kept and new tokens; None where all are
-    seen.
+    """[B, Hq, rows or 1, C] bool or float of kept tokens; None where all are seen.
+
+    Rows with padding have holes.
     """
-    new = mask.window(rows, slice(before, before + stop))
-    if old is None:
-        return new
-    kept = None if mask.is_causal else _visible_kept(mask, rows, old, before, query_heads)
-    if kept is None and new is None:
+    if mask.is_causal:
         return None
-    B, H, C = old.columns.shape
-    if kept is None:
-        assert new is not None
-        kept = new.new_ones((1, 1, 1, C))
-    if new is None:
-        new = kept.new_ones((1, 1, 1, stop))
-    whole = [max(a, b) for a, b in zip(kept.shape[:3], new.shape[:3], strict=True)]
-    return torch.cat([kept.expand(*whole, C), new.expand(*whole, stop)], -1)
-
-
-def _visible_kept(
-    mask: Mask, rows: slice, old: Tokens, before: int, query_heads: int
-) -> torch.Tensor:
-    """[B, Hq, rows or 1, C] bool or float of kept tokens; rows have holes here."""
-    groups = query_heads // old.columns.shape[1]
-    columns = old.columns.repeat_interleave(groups, 1)[:, :, None]  # [B, Hq, 1, C]
+    groups = query_heads // tokens.columns.shape[1]
+    columns = tokens.columns.repeat_interleave(groups, 1)[:, :, None]  # [B, Hq, 1, C]
     whole = mask.window(rows, slice(0, before))
     if whole is None:
         return columns >= 0

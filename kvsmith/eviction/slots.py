@@ -42,9 +42,14 @@ class Side:
             for name, info in infos.items()
         }
 
-    def read(self, stop: int) -> torch.Tensor:
-        """Decode the slots before `stop`, [B, H, stop, D]."""
-        x = read([self.tensors], self.codec, 0, stop)
+    @property
+    def tile_order(self) -> torch.Tensor | None:
+        """Channel at each place of tokens in tile order; None where they leave in no such order."""
+        return self.codec.tile_order if self.codec.rotation is None else None
+
+    def read(self, stop: int, tiles: bool = False) -> torch.Tensor:
+        """Decode the slots before `stop`, [B, H, stop, D], with `tiles` in tile order."""
+        x = read([self.tensors], self.codec, 0, stop, tiles)
         return x.view(-1, self.heads, *x.shape[2:])
 
     def write(self, start: int, x: torch.Tensor) -> None:
@@ -84,13 +89,19 @@ class Slots:
         self.columns = k.new_full((*k.shape[:2], count), -1, dtype=torch.int32)
         self.used = 0  # slots in use in the fullest row; they come first
 
-    def read(self) -> Tokens | None:
-        """The slots in use, decoded; None where there are none."""
+    def read(self, tiles: tuple[bool, bool] = (False, False)) -> Tokens | None:
+        """The slots in use, decoded, keys and values with `tiles` in tile order where the codec has
+        one; None where there are none.
+        """
         if not self.used:
             return None
         stop = -(-self.used // self.block) * self.block
-        k, v = (side.read(stop)[:, :, : self.used] for side in self.sides)
-        return Tokens(k, v, self.columns[:, :, : self.used].long())
+        orders = [s.tile_order if t else None for s, t in zip(self.sides, tiles, strict=True)]
+        k, v = (
+            side.read(stop, order is not None)[:, :, : self.used]
+            for side, order in zip(self.sides, orders, strict=True)
+        )
+        return Tokens(k, v, self.columns[:, :, : self.used].long(), None, *orders)
 
     def admit(self, pool: Tokens, priority: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keep the best of a pool that begins with what `read` gave.

@@ -13,6 +13,7 @@ on once, for the state, and are gone.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 import torch
 
@@ -23,6 +24,7 @@ from kvsmith.eviction.slots import Slots
 from kvsmith.eviction.tokens import Fold, Tokens
 from kvsmith.geometry import LayerGeometry
 from kvsmith.less.state import State
+from kvsmith.pairing import Pairing
 from kvsmith.sinks import Pair, empty_pair, sink_columns, write_sinks
 from kvsmith.spec import CodecSpec, slot_tokens
 
@@ -37,6 +39,9 @@ class EvictingStore:
         k: codec of the keys, see `layout.slot_heads`.
         v: codec of the values.
         state: what remains of the others; None for nothing.
+
+    Attributes:
+        pairing: pairs of RoPE's channels, where keys may leave in tile order; None where not.
     """
 
     def __init__(
@@ -52,7 +57,18 @@ class EvictingStore:
         self.codecs, self.state = (k, v), state
         self.count = slot_tokens(spec, policy.budget)
         self.room = policy.budget - spec.sinks - self.count
+        self.pairing: Pairing | None = None
         self.clear()
+
+    @property
+    def key_domain(self) -> Literal["pre", "post"]:
+        """Keys that nothing encodes lie rotated: every step would turn them again."""
+        return "post" if self.codecs[0].is_identity else self.spec.key_domain
+
+    def arrange(self, pairing: Pairing | None) -> None:
+        """Take note of pairs that lie D/2 apart; features know channels in natural order alone."""
+        if pairing is not None and pairing.order is None:
+            self.pairing = pairing
 
     def clear(self) -> None:
         """Forget every token and free the memory."""
@@ -125,20 +141,21 @@ class EvictingStore:
         before = self.length - self.pending[0].shape[2]
         held = max(before - self.start, 0)
         skip = min(max(self.spec.sinks - before, 0), self.length - before)
-        k, v = (
-            torch.cat([r[:, :, :held], x[:, :, skip:]], 2)
-            for r, x in zip(self.recent, self.pending, strict=True)
-        )
-        self.pending, total = None, k.shape[2]
+        (k, v), self.pending = (x[:, :, skip:] for x in self.pending), None
+        total = held + k.shape[2]
         scores = None if mass is None else self._scored(mass, held, total)
         block = self.spec.block_size
         gone = max(total - self.room + block, 0) // block * block
         if gone:
+            k, v = (
+                torch.cat([r[:, :, :held], x], 2) for r, x in zip(self.recent, (k, v), strict=True)
+            )
             new = self._shown(Tokens.at(k[:, :, :gone], v[:, :, :gone], self.start))
             scores = self._compete(new, scores, fold)
             self.start += gone
+            held = 0
         for buffer, x in zip(self.recent, (k, v), strict=True):
-            buffer[:, :, : total - gone] = x[:, :, gone:]
+            buffer[:, :, held : total - gone] = x[:, :, gone:]
         if scores is not None and self.scores is not None:
             used = self.slots.used
             self.scores[:, :, :used] = scores[:, :, :used]
@@ -182,19 +199,27 @@ class EvictingStore:
 
     # -- reading ----------------------------------------------------------------------------------
 
-    def kept(self) -> Tokens | None:
-        """Tokens from before the step in hand, in the order sinks, slots, recent; None for none."""
-        if self.recent is None or self.sinks is None or self.slots is None:
-            return None
+    def parts(self, tiles: tuple[bool, bool] = (False, False)) -> list[Tokens]:
+        """Tokens from before the step in hand: sinks, slots, recent, those that there are.
+
+        Args:
+            tiles: whether keys, values of the slots may leave in tile order.
+        """
+        if self.recent is None or self.slots is None:
+            return []
         before = self.length - (0 if self.pending is None else self.pending[0].shape[2])
         if before == 0:
-            return None
-        parts = [self._sinks(before), self.slots.read()]
+            return []
+        parts = [self._sinks(before), self.slots.read(tiles)]
         if (held := before - self.start) > 0:
             k, v = (x[:, :, :held] for x in self.recent)
             parts.append(self._shown(Tokens.at(k, v, self.start)))
-        found = [p for p in parts if p is not None]
-        return Tokens.join(found) if found else None
+        return [p for p in parts if p is not None]
+
+    def kept(self) -> Tokens | None:
+        """The tokens of all `parts`, None for none."""
+        parts = self.parts()
+        return Tokens.join(parts) if parts else None
 
     def _sinks(self, before: int) -> Tokens | None:
         assert self.sinks is not None

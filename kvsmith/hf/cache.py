@@ -174,8 +174,9 @@ class KVCache(Cache, SeamCache):
                     "Set codec.key_domain=post.",
                 )
             )
-        stored = key_states if self._pre else seam.turn(key_states, seam.call.rope)
-        if self._pre and isinstance(store, LayerStore):
+        rotated = store.key_domain == "post"
+        stored = seam.turn(key_states, seam.call.rope) if rotated else key_states
+        if not rotated:
             store.arrange(seam.pairing(key_states))
         store.append(stored, value_states, getattr(seam.call.mask, "padding", None))
         handed = key_states.view_as(key_states)
@@ -203,7 +204,7 @@ class KVCache(Cache, SeamCache):
         handle = LayerHandle(self, seam.layer, store.length, seam.call.rope)
         heads, mask = store.geometry.kv_heads, mask_of(seam.call.mask)
         new, values = dense.one_of_each_group(k, heads), dense.one_of_each_group(v, heads)
-        stored = dense.unrotate(seam, new) if self._pre else new
+        stored = new if store.key_domain == "post" else dense.unrotate(seam, new)
         store.append(stored, values, dense.padding_of(seam.call.mask))
         scores = Scores(k.shape[-1] ** -0.5)
 
@@ -220,10 +221,9 @@ class KVCache(Cache, SeamCache):
         """RoPE of stored keys for one attention module, with cos and sin in `dtype`."""
         call = seam.call
         assert call is not None
-        source = call.source if self._pre and seam.uses_rope else None
         store = self.stores[self.geometry.owner[seam.layer]]
-        pairing = store.pairing if isinstance(store, LayerStore) else None
-        return KeyRotation(self.positions, source, dtype, seam.rotate, pairing)
+        source = call.source if store.key_domain == "pre" and seam.uses_rope else None
+        return KeyRotation(self.positions, source, dtype, seam.rotate, store.pairing)
 
     def note(self, layer: int, mass: torch.Tensor | None) -> None:
         """Add up what the tokens of `layer` received from the layers that read them."""

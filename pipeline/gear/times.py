@@ -35,7 +35,7 @@ class Open:
         """Every query sees every column."""
         return None
 
-    def tiles(self, k: Tensor, start: int, order: Tensor) -> Tensor:
+    def tiles(self, k: Tensor, start: int | None, columns: Tensor | None, order: Tensor) -> Tensor:
         """Nothing turns."""
         return k
 

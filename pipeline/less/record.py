@@ -229,10 +229,7 @@ def replay(layer: Layer, store: EvictingStore, whole: Tensor | None = None) -> R
     parts: list[Partial] = []
     gone: list[Tokens] = []
 
-    def rotate(k: Tensor, start: int | None, columns: Tensor | None) -> Tensor:
-        return layer.turn(k, _rope_at(layer.rope, columns))
-
-    done = 0
+    rotate, done = _Rotation(layer), 0
     # Nothing goes before the budget is full, then one block for each block that comes.
     for size in (first, *[block] * count):
         span = slice(done, done + size)
@@ -250,6 +247,30 @@ def replay(layer: Layer, store: EvictingStore, whole: Tensor | None = None) -> R
     after = parts[1:]
     kept = Partial(torch.cat([p.out for p in after], 2), torch.cat([p.lse for p in after], 2))
     return Replay(first, block, kept, rotate_tokens(rotate, lost), lost.v)
+
+
+@dataclass(frozen=True)
+class _Rotation:
+    """RoPE of a layer's keys, where positions are columns; see `attention.Rotation`."""
+
+    layer: Layer
+    pairs_halves = False
+
+    def tiles(self, k: Tensor, start: int | None, columns: Tensor | None, order: Tensor) -> Tensor:
+        raise AssertionError("keys in tile order were not asked for")
+
+    def __call__(self, k: Tensor, start: int | None, columns: Tensor | None) -> Tensor:
+        rope = self.layer.rope
+        if rope is None:
+            return self.layer.turn(k, None)
+        cos, sin = rope
+        if start is not None:
+            span = slice(start, start + k.shape[2])
+            return self.layer.turn(k, (cos[:, span], sin[:, span]))
+        assert columns is not None
+        index = columns[..., None].expand(-1, -1, cos.shape[2])
+        rows = (x.expand(len(index), -1, -1).gather(1, index) for x in (cos, sin))
+        return self.layer.turn(k, (next(rows), next(rows)))
 
 
 @dataclass
@@ -277,13 +298,3 @@ def _causal(before: int, size: int, like: Tensor) -> LazyMask:
             "device": like.device,
         }
     )
-
-
-def _rope_at(rope: CosSin | None, columns: Tensor | None) -> CosSin | None:
-    """cos and sin [B, C, D] of the columns [B, C]; positions are columns here."""
-    if rope is None:
-        return None
-    assert columns is not None
-    cos, sin = (x.expand(columns.shape[0], -1, -1) for x in rope)
-    index = columns[..., None].expand(-1, -1, cos.shape[2])
-    return cos.gather(1, index), sin.gather(1, index)

@@ -58,8 +58,16 @@ def causal(store, T):
     return LazyMask({**arguments, "allow_is_causal_skip": True, "device": "cpu"})
 
 
-def unrotated(k, start, columns):
-    return k
+class Still:
+    """A rotation that turns nothing."""
+
+    pairs_halves = True
+
+    def tiles(self, k, start, columns, order):
+        return k
+
+    def __call__(self, k, start, columns):
+        return k
 
 
 def feed(store, q, k, v, steps, fold=None):
@@ -69,7 +77,7 @@ def feed(store, q, k, v, steps, fold=None):
         span = slice(done, done + size)
         store.append(k[:, :, span], v[:, :, span])
         some = (q[:, :, span], k[:, :, span], v[:, :, span])
-        out, mass = attend_kept(*some, store, causal(store, size), unrotated, Scores(0.3))
+        out, mass = attend_kept(*some, store, causal(store, size), Still(), Scores(0.3))
         store.settle(mass, fold)
         outs.append(out.transpose(1, 2))
         done += size

@@ -135,7 +135,7 @@ class Everything:
     def window(self, rows, columns):
         return None
 
-    def tiles(self, k, start, order):
+    def tiles(self, k, start, columns, order):
         return k
 
     def __call__(self, k, start, columns):

@@ -60,7 +60,7 @@ def test_tiles_equal_the_models_own(bits, style, scaling, ids):
     order, place = order_tensors(bits, D, torch.device("cpu"))
     k = torch.randn(2, 3, 24, D)
     want = rotation(k, 8, None)
-    got = rotation.tiles(k[..., order].contiguous(), 8, order)[..., place]
+    got = rotation.tiles(k[..., order].contiguous(), 8, None, order)[..., place]
     # An angle of p radians is rounded to p * 2^-24 in the model.
     tolerance = 8 * ids.max().item() * 2**-24 * k.abs().max().item()
     torch.testing.assert_close(got, want, rtol=0, atol=max(tolerance, 1e-5))
@@ -69,7 +69,7 @@ def test_tiles_equal_the_models_own(bits, style, scaling, ids):
 def test_what_layers_share_is_dropped_after_a_pass():
     rotation = _rotation(torch.arange(64)[None])
     order, _ = order_tensors(4, D, torch.device("cpu"))
-    rotation.tiles(torch.randn(1, 1, 16, D), 0, order)
+    rotation.tiles(torch.randn(1, 1, 16, D), 0, None, order)
     assert rotation.positions._shared
     rotation.positions.end_pass()
     assert not rotation.positions._shared
