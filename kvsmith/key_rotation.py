@@ -56,18 +56,20 @@ class KeyRotation:
         """Rotate [B, H, C, D] float32 in tile order, in place; see `attention.Rotation`."""
         if self.source is None:
             return k
+        # Every channel of the lower half is followed by its partner.
+        lower = order[::2]
         if start is None:
             assert columns is not None
-            angles = self._angles_at(columns)
+            shared = columns.stride(1) == 0  # all heads have the same
+            angles = self._angles_at(columns[:, :1] if shared else columns, lower)
         else:
-            angles = self._angles(start, k.shape[2], k.device)[:, None]
+            angles = self._angles(start, k.shape[2], k.device)[:, None].index_select(-1, lower)
         pairs = torch.view_as_complex(k.unflatten(-1, (-1, 2)))
-        # Every channel of the lower half is followed by its partner.
-        pairs *= angles.index_select(-1, order[::2])
+        pairs *= angles
         return k
 
-    def _angles_at(self, columns: torch.Tensor) -> torch.Tensor:
-        """cos + i sin [B, H, C, D/2] complex64 of `columns` [B, H, C].
+    def _angles_at(self, columns: torch.Tensor, lower: torch.Tensor) -> torch.Tensor:
+        """cos + i sin [B, H, C, D/2] complex64 of `columns` [B, H, C], pairs as `lower` says.
 
         On a CPU by tables of every 256th position and of those between.
         """
@@ -76,7 +78,7 @@ class KeyRotation:
         flat, device = columns.flatten(1), columns.device
         if positions.epochs or device.type != "cpu":
             rope = positions.cos_sin(source, self.dtype, None, 0, flat, device)
-            return pairing.turns(rope).view(*columns.shape, -1)
+            return pairing.turns(rope).index_select(-1, lower).view(*columns.shape, -1)
         most = int(positions.every().max()) // FINE + 1
         coarse = positions.shared(
             ("coarse", source, most), lambda: _table(source, pairing, FINE, most, device)
@@ -85,8 +87,8 @@ class KeyRotation:
             ("steps", source, FINE, device), lambda: _steps(source, pairing, FINE, device)
         )
         ids = positions.at(flat).flatten()
-        turns = coarse.index_select(0, ids // FINE)
-        turns *= fine.index_select(0, ids % FINE)
+        turns = coarse[:, lower].index_select(0, ids // FINE)
+        turns *= fine[:, lower].index_select(0, ids % FINE)
         return turns.view(*columns.shape, -1)
 
     def _angles(self, start: int, count: int, device: torch.device) -> torch.Tensor:

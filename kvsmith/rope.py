@@ -240,9 +240,9 @@ class Positions:
         return self.shared("every", lambda: self.window(0, self.length))
 
     def at(self, columns: torch.Tensor) -> torch.Tensor:
-        """[B, C] int64 position ids of `columns` [B, C], those beyond the last one being its."""
+        """[B, C] int64 position ids of `columns` [B, C], any ids for those that there are not."""
         ids = self.every()
-        index = columns.to(ids.device).clamp(max=self.length - 1)
+        index = columns.to(ids.device).clamp(0, self.length - 1)
         return ids.expand(index.shape[0], -1).gather(1, index)
 
     def cos_sin(

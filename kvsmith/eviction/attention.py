@@ -120,13 +120,13 @@ def _attended(
 def rotate_tokens(rotate: Rotation, tokens: Tokens) -> torch.Tensor:
     """Keys [B, H, C, D] after RoPE, their channels in the order that they have."""
     if tokens.k_order is not None:
-        return rotate.tiles(tokens.k, tokens.start, tokens.columns.clamp(min=0), tokens.k_order)
+        return rotate.tiles(tokens.k, tokens.start, tokens.columns, tokens.k_order)
     if tokens.start is not None:
         return rotate(tokens.k, tokens.start, None)
     # Heads are laid side by side, since each has its own columns.
     B, H, C, D = tokens.k.shape
     flat = tokens.k.reshape(B, 1, H * C, D)
-    return rotate(flat, None, tokens.columns.reshape(B, -1).clamp(min=0)).view(B, H, C, D)
+    return rotate(flat, None, tokens.columns.reshape(B, -1)).view(B, H, C, D)
 
 
 def _ordered(q: torch.Tensor, tokens: Tokens) -> torch.Tensor:

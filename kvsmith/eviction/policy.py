@@ -47,6 +47,7 @@ class Lambda:
     sinks: int = 4
     scored: ClassVar[bool] = False
     last_query: ClassVar[bool] = False
+    by_head: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         _check(self.budget, self.sinks, 0)
@@ -85,6 +86,7 @@ class H2O:
     aging: float = added_later(0.0)
     scored: ClassVar[bool] = True
     last_query: ClassVar[bool] = False
+    by_head: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _check(self.budget, self.sinks, self.protected)
@@ -138,6 +140,7 @@ class TOVA:
     budget: int
     scored: ClassVar[bool] = True
     last_query: ClassVar[bool] = True
+    by_head: ClassVar[bool] = False
     sinks: ClassVar[int] = 0
 
     def __post_init__(self) -> None:

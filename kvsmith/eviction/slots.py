@@ -73,6 +73,7 @@ class Slots:
         codecs: of keys and values.
         count: slots of each row and KV head, a multiple of block.
         block: tokens that are encoded at once.
+        by_head: whether KV heads keep different tokens.
         k, v: [B, H, T, D] keys and values; give rows, heads, dtype and device.
     """
 
@@ -81,10 +82,11 @@ class Slots:
         codecs: tuple[Codec, Codec],
         count: int,
         block: int,
+        by_head: bool,
         k: torch.Tensor,
         v: torch.Tensor,
     ) -> None:
-        self.count, self.block = count, block
+        self.count, self.block, self.by_head = count, block, by_head
         self.sides = (Side(codecs[0], count, block, k), Side(codecs[1], count, block, v))
         self.columns = k.new_full((*k.shape[:2], count), -1, dtype=torch.int32)
         self.used = 0  # slots in use in the fullest row; they come first
@@ -101,7 +103,10 @@ class Slots:
             side.read(stop, order is not None)[:, :, : self.used]
             for side, order in zip(self.sides, orders, strict=True)
         )
-        return Tokens(k, v, self.columns[:, :, : self.used].long(), None, *orders)
+        columns = self.columns[:, :, : self.used]
+        if not self.by_head:
+            columns = columns[:, :1]
+        return Tokens(k, v, columns.long().expand(*k.shape[:3]), None, *orders)
 
     def admit(self, pool: Tokens, priority: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keep the best of a pool that begins with what `read` gave.
@@ -126,19 +131,19 @@ class Slots:
         fill = ~stay & (rank < arrived.sum(-1, keepdim=True))
         own = torch.arange(self.used, device=kept.device).expand_as(stay)
         source = torch.where(fill, newcomer.gather(2, rank.clamp(0, arrived.shape[2] - 1)), own)
-        placed = pool.take(source)
-        self.columns[:, :, : self.used] = placed.only(stay | fill).columns.int()
-        self._encode(placed, fill)
+        columns = pool.columns.gather(2, source).masked_fill(~(stay | fill), -1)
+        self.columns[:, :, : self.used] = columns.int()
+        self._encode(pool, source, fill)
         return source, kept
 
-    def _encode(self, placed: Tokens, changed: torch.Tensor) -> None:
+    def _encode(self, pool: Tokens, source: torch.Tensor, changed: torch.Tensor) -> None:
         """Write the blocks in which a slot of any row or head has changed."""
         tail = -changed.shape[2] % self.block
         blocks = F.pad(changed.any(0).any(0), (0, tail)).view(-1, self.block).any(-1)
         for first, last in _runs(blocks.tolist()):
             start, stop = first * self.block, last * self.block
-            for side, x in zip(self.sides, (placed.k, placed.v), strict=True):
-                part = x[:, :, start:stop]
+            placed = pool.take(source[:, :, start:stop])
+            for side, part in zip(self.sides, (placed.k, placed.v), strict=True):
                 side.write(start, F.pad(part, (0, 0, 0, stop - start - part.shape[2])))
 
     def map_rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:

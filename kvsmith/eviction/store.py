@@ -121,7 +121,7 @@ class EvictingStore:
         B, H = k.shape[:2]
         self.sinks = empty_pair(k, v, (B, H, self.spec.sinks))
         self.recent = empty_pair(k, v, (B, H, self.room))
-        self.slots = Slots(self.codecs, self.count, self.spec.block_size, k, v)
+        self.slots = Slots(self.codecs, self.count, self.spec.block_size, self.policy.by_head, k, v)
         if self.policy.scored:
             self.scores = k.new_zeros((B, H, self.count + self.room), dtype=torch.float32)
         if self.state is not None:

@@ -268,7 +268,7 @@ class _Rotation:
             span = slice(start, start + k.shape[2])
             return self.layer.turn(k, (cos[:, span], sin[:, span]))
         assert columns is not None
-        index = columns[..., None].expand(-1, -1, cos.shape[2])
+        index = columns.clamp(min=0)[..., None].expand(-1, -1, cos.shape[2])
         rows = (x.expand(len(index), -1, -1).gather(1, index) for x in (cos, sin))
         return self.layer.turn(k, (next(rows), next(rows)))
 

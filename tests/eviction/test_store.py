@@ -6,6 +6,7 @@ import torch
 from kvsmith.attention import Scores
 from kvsmith.eviction.attention import attend_kept
 from kvsmith.eviction.policy import H2O, TOVA, Lambda
+from kvsmith.eviction.tokens import Tokens
 from kvsmith.geometry import LayerGeometry, ModelGeometry
 from kvsmith.hf.masks import LazyMask
 from kvsmith.sizes import cache_bytes
@@ -194,6 +195,33 @@ def test_codecs_that_drift_do_so_within_bounds(name):
     codec, own, factor = DRIFTING[name]
     once, often = stored_error(codec, own)
     assert often <= factor * once
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_tokens_are_attended_to_where_they_lie(name, monkeypatch):
+    """Slots in tile order give what they give in natural order, and nothing joins the tokens."""
+
+    class Natural(Still):
+        pairs_halves = False
+
+    found, q, k, v = [], *tensors(100)
+    nf = TensorCodec(NUQ(bits=4, table="nf"))
+    for rotate in (Still(), Natural()):
+        store, _ = make(POLICIES[name], nf)
+        feed(store, q, k, v, (90,))
+        outs = []
+        for t in range(90, 100):
+            some = [x[:, :, t : t + 1] for x in (q, k, v)]
+            store.append(*some[1:])
+            with monkeypatch.context() as patch:
+                patch.setattr(Tokens, "join", None)
+                out, mass = attend_kept(*some, store, causal(store, 1), rotate, Scores(0.3))
+            if mass is not None:  # two queries a KV head spread 1 each
+                torch.testing.assert_close(mass.sum(-1), torch.full((1, 2), 2.0))
+            store.settle(mass)
+            outs.append(out)
+        found.append(torch.cat(outs))
+    torch.testing.assert_close(*found, rtol=0, atol=1e-5)
 
 
 def test_rows_are_selected_and_repeated():

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kvsmith.kernels.attend.api import attend
+from kvsmith.kernels.attend.api import Part, attend, attend_parts
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (6, 1)])
@@ -40,3 +40,21 @@ def test_low_precision_inputs_accumulate_in_float32():
 def test_wrong_shapes_are_named():
     with pytest.raises(ValueError, match=r"attend: shapes must be .* got q \(1, 3, 1, 4\)"):
         attend(torch.zeros(1, 3, 1, 4), torch.zeros(1, 2, 5, 4), torch.zeros(1, 2, 5, 4), scale=1.0)
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_parts_are_one_set(softcap):
+    order, sizes = torch.randperm(16), (3, 1, 20)
+    q = torch.randn(2, 4, 5, 16, dtype=torch.float64)
+    k, v = torch.randn(2, 2, 2, sum(sizes), 16, dtype=torch.float64).unbind(0)
+    mask = torch.rand(2, 4, 5, sum(sizes)) > 0.5
+    mask[0, 0, 0] = False  # sees nothing
+    want = attend(q, k, v, scale=0.5, mask=mask, softcap=softcap)
+    pieces = zip(*(x.split(sizes, d) for x, d in ((k, 2), (v, 2), (mask, 3))), strict=True)
+    parts = [Part(q, *piece) for piece in pieces]
+    parts[0] = Part(q[..., order], parts[0].k[..., order], parts[0].v, parts[0].mask)
+    outs, lse, weights = attend_parts(parts, scale=0.5, softcap=softcap)
+    torch.testing.assert_close(sum(outs), want.out, rtol=0, atol=1e-14)
+    torch.testing.assert_close(lse, want.lse, rtol=0, atol=1e-14)
+    out = weights @ v.repeat_interleave(2, 1)
+    torch.testing.assert_close(out, want.out, rtol=0, atol=1e-14)

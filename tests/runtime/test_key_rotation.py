@@ -66,6 +66,22 @@ def test_tiles_equal_the_models_own(bits, style, scaling, ids):
     torch.testing.assert_close(got, want, rtol=0, atol=max(tolerance, 1e-5))
 
 
+@pytest.mark.parametrize("heads", [1, 3], ids=["shared", "by head"])
+@pytest.mark.parametrize("scaling", [None, YARN])
+def test_tiles_of_columns_equal_the_models_own(heads, scaling):
+    ids = torch.arange(1000)[None] + torch.tensor([[0], [700]])
+    rotation = _rotation(ids, scaling)
+    order, place = order_tensors(4, D, CPU)
+    columns = torch.randint(-1, 1000, (2, heads, 24)).expand(2, 3, 24)
+    k = torch.randn(2, 3, 24, D)
+    want = rotation(k.view(2, 1, -1, D), None, columns.reshape(2, -1)).view(k.shape)
+    got = rotation.tiles(k[..., order].contiguous(), None, columns, order)[..., place]
+    there = columns >= 0
+    tolerance = 8 * 1700 * 2**-24 * k.abs().max().item()
+    torch.testing.assert_close(got[there], want[there], rtol=0, atol=tolerance)
+    assert got.isfinite().all()
+
+
 def test_what_layers_share_is_dropped_after_a_pass():
     rotation = _rotation(torch.arange(64)[None])
     order, _ = order_tensors(4, D, torch.device("cpu"))
