@@ -20,6 +20,7 @@ from kvsmith.pipeline.model import ModelConfig
 from kvsmith.pipeline.ranks import world_size
 from kvsmith.pipeline.stage import write_json
 from kvsmith.pipeline.training.division import Division
+from kvsmith.pipeline.training.launch import asked_sharding
 from kvsmith.pipeline.training.owner_map import Measured
 from kvsmith.pipeline.training.plan import Optim
 from kvsmith.pipeline.training.predict import predict
@@ -99,8 +100,7 @@ def run(cfg: TrainConfig, folder: Path) -> None:
         _predict(cfg, folder)
         return
     workers = start_workers(cfg.model)
-    sharded = workers.count > 1 and os.environ.get("ACCELERATE_USE_FSDP") == "true"
-    division = Division(workers, cfg.pieces, sharded)
+    division = Division(workers, cfg.pieces, asked_sharding(os.environ, workers.count))
     folder = Path(division.workers.leaders(str(folder)))
     if cfg.pretrain is not None:
         _pretrain(cfg, cfg.pretrain, folder, division)

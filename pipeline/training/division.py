@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from kvsmith.errors import explain
 from kvsmith.pipeline.log import LoggerConfig, Run
+from kvsmith.pipeline.training.launch import Sharding
 from kvsmith.pipeline.training.sharding import shard
 from kvsmith.pipeline.workers import ALONE, Workers
 
@@ -28,16 +29,21 @@ class Division:
     Args:
         workers: the processes.
         pieces: that a process computes its rows in, to need less memory (gradient accumulation).
-        sharded: weights are spread over the processes.
+        sharding: what is spread over the processes, see `asked_sharding`.
     """
 
     workers: Workers = ALONE
     pieces: int = 1
-    sharded: bool = False
+    sharding: Sharding = "none"
 
     def __post_init__(self) -> None:
         if self.pieces < 1:
             raise ValueError(explain("pieces", "value", "at least 1", self.pieces))
+
+    @property
+    def sharded(self) -> bool:
+        """Whether anything is spread over the processes."""
+        return self.sharding != "none"
 
     @property
     def parts(self) -> int:
@@ -67,7 +73,7 @@ class Division:
     def shard(self, model: PreTrainedModel) -> None:
         """Spread a model over the processes, where that is asked for."""
         if self.sharded:
-            shard(model, self.workers.count)
+            shard(model, self.workers.count, keep=self.sharding == "gradients")
 
     @property
     def scale(self) -> int:

@@ -25,7 +25,7 @@ from kvsmith.pipeline.training.division import Division
 from kvsmith.pipeline.training.dropout import Dropout
 from kvsmith.pipeline.training.heldout import heldout_loss
 from kvsmith.pipeline.training.plan import Optim
-from kvsmith.pipeline.training.sharding import whole
+from kvsmith.pipeline.training.sharding import spread_again, whole
 from kvsmith.pipeline.training.windows import Windows
 
 # <malloc.h> of glibc
@@ -74,6 +74,8 @@ def fit(
     _keep_freed_memory()
     division = division or Division()
     division.shard(model)
+    if division.sharded:
+        run.say(f"FSDP2 spreads {division.sharding} over {division.workers.count} processes")
     optimizer = _optimizer(model, cfg)
     before = load_checkpoint(checkpoint, model, optimizer, identity)
     if before.steps:
@@ -89,6 +91,7 @@ def fit(
             if done % cfg.eval_steps == 0 or done == cfg.steps:
                 with _autocast(model, cfg):
                     values["heldout_loss"] = heldout_loss(model, heldout[: cfg.eval_windows])
+                spread_again(model)
             if done % LOG_STEPS == 0 or "heldout_loss" in values:
                 run.scalars(done, {"tokens": done * tokens, **values})
             stopped = division.any(bool(caught))

@@ -244,15 +244,6 @@ def test_without_peft_low_rank_terms_are_one_line(
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
-def test_launch_configurations_are_accelerates(name: str) -> None:
-    from accelerate.commands.config.config_args import load_config_from_file
-
-    found = load_config_from_file(str(ROOT / "conf" / "launch" / f"{name}.yaml"))
-    assert found.num_processes == 8
-    assert found.distributed_type.value == {"ddp": "MULTI_GPU", "fsdp2": "FSDP"}[name]
-
-
 def test_a_measured_map(place: Path) -> None:
     out = _uptrain(place, "work", Measured(owners=3))
     assert len(set(json.loads((out / "training.json").read_text())["owner"])) == 3
@@ -294,6 +285,7 @@ SETTINGS = [
     "uptrain.optim.warmup_steps=1",
     "uptrain.optim.precision=float32",
     "uptrain.optim.checkpoint_steps=1",
+    "uptrain.optim.eval_steps=4",
     "uptrain.optim.eval_windows=2",
     "uptrain.fit_windows=4",
     "cla=factor2",
@@ -314,20 +306,29 @@ def _weights(place: Path, work: str) -> dict[str, Tensor]:
     return load_file(folder / "model.safetensors")
 
 
+def _checkpoint(place: Path, work: str) -> dict[str, Tensor]:
+    (file,) = (place / work).glob("*/checkpoint.safetensors")
+    return load_file(file)
+
+
 def test_processes_and_pieces_take_the_steps_of_one(place: Path) -> None:
     run(load(TrainConfig, "train", _given(place, "one")), place / "hydra")
     run(load(TrainConfig, "train", [*_given(place, "pieces"), "pieces=2"]), place / "h")
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    for sharded, work in (("false", "two"), ("true", "spread")):
-        own = {"ACCELERATE_USE_CPU": "true", "ACCELERATE_USE_FSDP": sharded}
-        environment = {**os.environ, **own, "OMP_NUM_THREADS": "1"}
+    zero = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
+    for work, own in (("two", {}), ("spread", zero)):
+        common = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, **common, **own}
         command = [*launch, "--master_port", "29617", *_command(place, work)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-2000:]
         assert done.stdout.count("wrote") == 1  # one of the two speaks
+        assert done.stdout.count("FSDP2 spreads weights over 2") == (work == "spread")
     one = _weights(place, "one")
     assert _weights(place, "spread").keys() == one.keys()
     for other in ("pieces", "two", "spread"):
+        # Each was written after a forward pass alone, which leaves spread weights together.
+        assert _checkpoint(place, other).keys() == _checkpoint(place, "one").keys()
         for name, weight in _weights(place, other).items():
             # Sums of another order, through 4 steps of Adam; then weights are rounded to bfloat16,
             # whose steps are 2^-8 of a value.
