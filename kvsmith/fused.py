@@ -1,12 +1,13 @@
 """A decoding step of one layer as a single operation, where the kernel knows all about the layer.
 
 `attention.attend_store` asks here first, on GPUs and CPUs. What `attend_encoded` does not serve
-- pages of two ranks, a mask of the model's own, RoPE at positions with gaps - goes its general way,
-in chunks.
+- a mask of the model's own, RoPE at positions with gaps, low-rank terms of keys before RoPE - goes
+its general way, in chunks.
 """
 
 from __future__ import annotations
 
+from functools import partial, reduce
 from typing import TYPE_CHECKING
 
 import torch
@@ -54,8 +55,9 @@ def attend_step(
     """
     if not _serves(q, store, mask, rotate):
         return None
-    body = store.body()
-    if (impl := chosen(body, q)) == "reference":
+    bodies = store.bodies()
+    impl, *others = (chosen(body, q) for body in bodies)
+    if "reference" in (impl, *others):
         return None
     assert isinstance(rotate, KeyRotation) and store.sinks is not None and store.recent is not None
     positions, tail = rotate.positions, store.length - store.body_end
@@ -69,19 +71,28 @@ def attend_step(
             return None
         room = store.recent[0].shape[2]
         at = window_ids(positions, store.spec.sinks, padding, stop, room, q.device)
-    numbers = (body.stop, body.begin, query, store.body_end, tail)
-    return attend_encoded(
-        q,
-        body,
-        Window(*store.sinks, at[0], 0, store.spec.sinks),
-        Window(*store.recent, at[1], store.body_end, tail),
-        query,
-        Logits(scores.scale, scores.softcap, None if mask.reach == UNLIMITED else mask.reach),
-        rope=rope,
-        first=store.padding,
-        counts=positions.shared(("counts", *numbers, q.device), lambda: _sent(numbers, q.device)),
-        impl=impl,
-    )
+    sinks = Window(*store.sinks, at[0], 0, store.spec.sinks)
+    recent = Window(*store.recent, at[1], store.body_end, tail)
+    reach = None if mask.reach == UNLIMITED else mask.reach
+    parts = []
+    for body in bodies:
+        numbers = (body.stop, body.begin, query, store.body_end, tail)
+        key = ("counts", *numbers, q.device)
+        part = attend_encoded(
+            q,
+            body,
+            sinks,
+            recent,
+            query,
+            Logits(scores.scale, scores.softcap, reach),
+            rope=rope,
+            first=store.padding,
+            counts=positions.shared(key, partial(_sent, numbers, q.device)),
+            windows=body is bodies[-1],
+            impl=impl,
+        )
+        parts.append(part)
+    return reduce(Partial.merge, parts)
 
 
 def _serves(q: torch.Tensor, store: LayerStore, mask: Mask, rotate: Rotation) -> bool:

@@ -117,26 +117,31 @@ class LayerStore:
 
     @property
     def is_plain(self) -> bool:
-        """Whether all pages hold equal parts, and factors of keys only after RoPE."""
-        mixed = 0 < self.prompt_pages < len(self.pages)
-        for c, rotated in zip(self.codecs, (self.spec.key_domain == "post", True), strict=True):
-            if c.is_identity:
-                return False
-            part = c.spec.low_rank
-            if part and (not rotated or (mixed and part.prompt_rank not in (None, part.rank))):
-                return False
-        return True
+        """Whether all tokens are encoded, with factors of keys only after RoPE."""
+        post = self.spec.key_domain == "post"
+        whole = not any(c.is_identity for c in self.codecs)
+        return whole and (post or self.codecs[0].factors is None)
 
-    def body(self) -> Body:
-        """The encoded tokens as a kernel reads them; for a store that `is_plain`."""
-        sides = []
+    def bodies(self) -> list[Body]:
+        """The encoded tokens as a kernel reads them, for a store that `is_plain`: one run of pages,
+        or one for each of two ranks.
+        """
+        held, split = len(self.pages), self.prompt_pages - self.freed
+        if 0 < split < held and self.pages[0].layout != self.pages[-1].layout:
+            return [self._body(0, split), self._body(split, held)]
+        return [self._body(0, held)]
+
+    def _body(self, first: int, last: int) -> Body:
+        """Of the pages [first, last) that are held."""
+        pages, sides = self.pages[first:last], []
         for i, c in enumerate(self.codecs):
-            left = self.pages[0].sides[i].get("left") if self.pages else None
+            left = pages[0].sides[i].get("left") if pages else None
             rank = 0 if left is None else left.shape[-2]
             sides.append(Side(c.format, c.tables, c.dim, c.rotation, c.factors, rank))
-        page, begin = self.page_size, self.freed * self.page_size
-        table, heads = self._table.of(self.pages), self.geometry.kv_heads
-        return Body(self.pages, table, heads, page, begin, self.encoded, *sides)
+        table = self._table.of(self.pages)[first:] if pages else None
+        begin, stop = ((self.freed + n) * self.page_size for n in (first, last))
+        heads, stop = self.geometry.kv_heads, min(stop, self.encoded)
+        return Body(pages, table, heads, self.page_size, begin, stop, *sides)
 
     # -- writing ----------------------------------------------------------------------------------
 

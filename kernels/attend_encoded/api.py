@@ -141,9 +141,10 @@ def attend_encoded(
     rope: Rope | None = None,
     first: torch.Tensor | None = None,
     counts: torch.Tensor | None = None,
+    windows: bool = True,
     impl: Impl | None = None,
 ) -> Partial:
-    """Attend to everything that a layer stores.
+    """Attend to everything that a layer stores, or to a run of its pages.
 
     Args:
         q: [B, H * G, T, D] float, rotated queries at columns query, query + 1, ...
@@ -158,6 +159,8 @@ def attend_encoded(
             which the kernel then reads in their place, so that a CUDA graph can be replayed as
             these grow within the pages of the table; None for the numbers given. Where a side has
             a `turn` the windows are read by the numbers given all the same.
+        windows: whether to attend to the dense windows too; without them the parts of several
+            bodies merge.
         impl: who computes it; None for `choice.preferred` where the kernel supports the layer.
 
     Returns:
@@ -176,15 +179,16 @@ def attend_encoded(
         raise ValueError(explain("attend_encoded", "rope", "None beside a low-rank term", "given"))
     impl = impl or chosen(body, q)
     if impl == "reference":
-        return reference.attend_encoded(q, body, sinks, recent, query, logits, rope, first)
+        return reference.attend_encoded(q, body, sinks, recent, query, logits, rope, first, windows)
     if why := _refused(body, q, impl):
         raise ValueError(explain("attend_encoded", "impl", "one that supports this layer", why))
     # Both need what is defined here.
     from kvsmith.kernels.attend_encoded import launch, native
 
     if impl == "native":
-        return native.attend_encoded(q, body, sinks, recent, query, logits, rope, first)
-    return launch.attend_encoded(q, body, sinks, recent, query, logits, rope, first, counts)
+        return native.attend_encoded(q, body, sinks, recent, query, logits, rope, first, windows)
+    args = (sinks, recent, query, logits, rope, first, counts, windows)
+    return launch.attend_encoded(q, body, *args)
 
 
 def chosen(body: Body, q: torch.Tensor) -> Impl:

@@ -28,18 +28,19 @@ def attend_encoded(
     rope: Rope | None,
     first: torch.Tensor | None,
     counts: torch.Tensor | None,
+    windows: bool,
 ) -> Partial:
     """See `api.attend_encoded`."""
     if body.k.turn is None and body.v.turn is None:
-        return _launch(q, body, sinks, recent, query, logits, rope, first, counts, True)
-    # The dense windows are in another basis than the body: few tokens, attended apart.
-    windows = attend_windows(q, sinks, recent, query, logits, rope, first)
-    if body.k.turn is not None:
-        q = turned(q, body.k.turn)
-    part = _launch(q, body, sinks, recent, query, logits, rope, first, counts, False)
+        return _launch(q, body, sinks, recent, query, logits, rope, first, counts, windows)
+    own = q if body.k.turn is None else turned(q, body.k.turn)
+    part = _launch(own, body, sinks, recent, query, logits, rope, first, counts, False)
     if body.v.turn is not None:
         part = Partial(turned(part.out, body.v.turn.mT), part.lse)
-    return part.merge(windows)
+    if not windows:
+        return part
+    # The dense windows are in another basis than the body: few tokens, attended apart.
+    return part.merge(attend_windows(q, sinks, recent, query, logits, rope, first))
 
 
 def turned(x: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:

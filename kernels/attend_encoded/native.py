@@ -99,18 +99,21 @@ def attend_encoded(
     logits: Logits,
     rope: Rope | None,
     first: torch.Tensor | None,
+    windows: bool,
 ) -> Partial:
     """See `api.attend_encoded`."""
-    windows = attend_windows(q, sinks, recent, query, logits, rope, first)
-    if body.stop <= body.begin:
-        return windows
-    if body.k.turn is not None:
-        q = turned(q, body.k.turn)
-    parts = _body_partials(q, body, sinks.k.shape[2], query, logits, rope, first)
-    whole = reduce(Partial.merge, parts)
-    if body.v.turn is not None:
-        whole = Partial(turned(whole.out, body.v.turn.mT), whole.lse)
-    return whole.merge(windows)
+    parts = []
+    if windows:
+        parts.append(attend_windows(q, sinks, recent, query, logits, rope, first))
+    if body.stop > body.begin:
+        if body.k.turn is not None:
+            q = turned(q, body.k.turn)
+        runs = _body_partials(q, body, sinks.k.shape[2], query, logits, rope, first)
+        whole = reduce(Partial.merge, runs)
+        if body.v.turn is not None:
+            whole = Partial(turned(whole.out, body.v.turn.mT), whole.lse)
+        parts.append(whole)
+    return reduce(Partial.merge, parts)
 
 
 def _body_partials(

@@ -27,6 +27,7 @@ def attend_encoded(
     logits: Logits,
     rope: Rope | None,
     first: torch.Tensor | None,
+    windows: bool,
 ) -> Partial:
     """See `api.attend_encoded`."""
     B, device, S = q.shape[0], q.device, sinks.k.shape[2]
@@ -35,11 +36,12 @@ def attend_encoded(
     k, v = decode_body(body, q)
     angles = None if rope is None else columns + rope.shift[:, None]
     held = columns >= start[:, None] + S
-    windows = attend_windows(q, sinks, recent, query, logits, rope, first)
-    if k.shape[2] == 0:
-        return windows
-    encoded = _part(q, _rotate(k, angles, rope), v, columns, held, query, logits)
-    return encoded.merge(windows)
+    parts = []
+    if k.shape[2]:
+        parts.append(_part(q, _rotate(k, angles, rope), v, columns, held, query, logits))
+    if windows:
+        parts.append(attend_windows(q, sinks, recent, query, logits, rope, first))
+    return reduce(Partial.merge, parts)
 
 
 def attend_windows(
