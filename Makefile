@@ -53,3 +53,4 @@ faults: setup
 bench: setup
 	$(PY) -m kvsmith.pipeline.fit.bench
 	$(PY) -W ignore -m kvsmith.pipeline.bench_decode
+	$(PY) -W ignore -m kvsmith.pipeline.bench_evict

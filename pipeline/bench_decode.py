@@ -54,7 +54,7 @@ CONFIG = LlamaConfig(
 Step = Callable[[], object]
 
 
-class _Causal:
+class Causal:
     """One query after everything: nothing is hidden."""
 
     padding = None
@@ -97,7 +97,7 @@ def ours(bits: int, fraction: float, k: torch.Tensor, v: torch.Tensor, q: torch.
         before = store.length
         store.append(new_k, new_v)
         positions.end_pass()
-        return attend_store(q, new_k, new_v, store, before, _Causal(), rotate, Scores(DIM**-0.5))
+        return attend_store(q, new_k, new_v, store, before, Causal(), rotate, Scores(DIM**-0.5))
 
     return step
 

@@ -40,7 +40,7 @@ class LayerHandle:
         cache: whose tokens to attend to.
         layer: the layer that owns them.
         before: columns stored before the new tokens.
-        rope: cos and sin of the new tokens.
+        rope: cos and sin of the new tokens; None where their keys are rotated.
     """
 
     cache: KVCache
@@ -179,8 +179,9 @@ class KVCache(Cache, SeamCache):
         if not rotated:
             store.arrange(seam.pairing(key_states))
         store.append(stored, value_states, getattr(seam.call.mask, "padding", None))
-        handed = key_states.view_as(key_states)
-        setattr(handed, HANDLE, LayerHandle(self, layer_idx, before, seam.call.rope))
+        handed = stored.view_as(stored)
+        rope = None if rotated else seam.call.rope
+        setattr(handed, HANDLE, LayerHandle(self, layer_idx, before, rope))
         return handed, value_states
 
     def _update_dense(
