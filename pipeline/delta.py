@@ -42,9 +42,9 @@ def delta_of(
     Raises:
         FileNotFoundError, ValueError: there is no such model, or it has another shape.
     """
-    origin = _recorded(trained) if base == AUTO else replace(trained, path=base, name=None)
-    if base != AUTO:
-        origin = replace(origin, revision=None)
+    origin = _recorded(trained) if base == AUTO else None
+    if origin is None:
+        origin = replace(trained, path=base, name=None, revision=None, delta=None)
     dtype = _dtype(trained)
     after = weights_in_memory(load_model(_plain(trained))[0], trained.path)
     model = load_model(_plain(origin))[0]

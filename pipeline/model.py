@@ -29,10 +29,13 @@ from transformers import (
 from transformers.utils import is_flash_attn_2_available
 from transformers.utils import logging as transformers_logging
 
+from kvsmith.bundle import Bundle
 from kvsmith.errors import explain
 from kvsmith.hf import share
 from kvsmith.hf.shapes import positions_of
+from kvsmith.pipeline.config import input_path
 from kvsmith.pipeline.model_source import LOADING, PACKAGES, find_source, need_packages, refusal
+from kvsmith.strict import added_later
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 YES = ("1", "true", "yes", "on", "y", "t")  # as accelerate reads its variables
@@ -55,6 +58,7 @@ class ModelConfig:
             as stored, also those of GPTQ and other quantized checkpoints.
         revision: branch, tag or commit of a hub model; None is its main branch.
         trust_remote_code: run code that comes with the model.
+        delta: bundle (folder or hub name) whose delta changes the model, see docs/CLA.md.
     """
 
     path: str
@@ -66,6 +70,7 @@ class ModelConfig:
     weight_bits: Literal[8, 4] | None = None
     revision: str | None = None
     trust_remote_code: bool = False
+    delta: str | None = added_later(None)
 
     def __post_init__(self) -> None:
         if self.device_map is not None and self.device != "auto":
@@ -111,6 +116,8 @@ def load_model(cfg: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
     tokenizer = _tokenizer(cfg, source)
     if "device_map" not in options:
         model = model.to(device)
+    if cfg.delta is not None:
+        _delta(cfg.delta).apply(model)
     share(model)
     return model.eval(), tokenizer
 
@@ -130,9 +137,23 @@ def load_config(cfg: ModelConfig) -> PreTrainedConfig:
     """Load the configuration alone; raises as `load_model`."""
     source = find_source(cfg.path, weights=False)
     try:
-        return _from_pretrained(AutoConfig, cfg, source)
+        config: PreTrainedConfig = _from_pretrained(AutoConfig, cfg, source)
     except LOADING as error:
         raise refusal(cfg.path, "configuration", error, cfg.revision) from error
+    if cfg.delta is not None:
+        owner = _delta(cfg.delta).manifest.base_model.owner
+        config.get_text_config(decoder=True).kv_owner = list(owner)
+    return config
+
+
+def _delta(name: str) -> Bundle:
+    """A bundle that has a delta."""
+    folder = input_path(name)
+    bundle = Bundle.from_pretrained(folder if folder.is_dir() else name)
+    if bundle.manifest.delta is None:
+        expected = "a bundle with one, from export.py delta=auto"
+        raise ValueError(explain("model.delta", "delta", expected, f"none in {name}"))
+    return bundle
 
 
 def model_device(cfg: ModelConfig) -> torch.device:

@@ -131,7 +131,7 @@ class Bundle:
         base, delta = self.manifest.base_model, self.manifest.delta
         before = base.unshared.config_hash
         if delta is not None and found.config_hash == before != base.config_hash:
-            remedy = "Call bundle.apply(model) first; it changes the model's weights."
+            remedy = "Call bundle.apply(model) first (scripts: model.delta=FOLDER)."
             raise refuse(self.source, "model", "one whose layers share", "its base", remedy)
         base.check(found, self.source)
         return make_cache(model, self.spec, self.parameters)

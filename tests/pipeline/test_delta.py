@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import kvsmith
-from kvsmith.hf import share
+from kvsmith.hf import geometry, share
 from kvsmith.pipeline import export
+from kvsmith.pipeline.calibration import weights_hash
 from kvsmith.pipeline.config import load
 from kvsmith.pipeline.export import ExportConfig
+from kvsmith.pipeline.model import ModelConfig, load_config, load_model
+from kvsmith.strict import to_dict
 from tests.golden import contents
 from tests.micro_model import write_model
 
@@ -69,6 +73,23 @@ def test_base_and_delta_are_the_trained_model(
             base.named_parameters(), trained.named_parameters(), strict=True
         ):
             assert torch.equal(a, b), name
+
+
+def test_scripts_take_base_and_delta_as_one_model(place: Path) -> None:
+    path = exported(place, "delta=auto")
+    cfg, whole = (
+        ModelConfig(f"{place}/{name}", dtype="bfloat16", delta=delta)
+        for name, delta in (("base", str(path)), ("trained", None))
+    )
+    model, want = load_model(cfg)[0], load_model(whole)[0]
+    assert weights_hash(model) == weights_hash(want)
+    assert geometry(load_config(cfg)) == geometry(model.config) == geometry(want.config)
+    ids = torch.arange(3, 40)[None]
+    assert torch.equal(model(ids).logits, want(ids).logits)
+    assert "delta" not in to_dict(whole) and to_dict(cfg)["delta"] == str(path)
+    plain = exported(place, model="trained")
+    with pytest.raises(ValueError, match=r"model\.delta"):
+        load_config(replace(cfg, delta=str(plain)))
 
 
 def test_refusals(place: Path, micro_llama: Callable[..., Any]) -> None:
