@@ -87,9 +87,9 @@ class Problem:
         bits = 8 * found.nbytes / (shape.elements * self.options.tokens)
         if self.meter is None:
             return Point(name, found, bits)
-        codec = assemble(self.levels, shape, found.picks)
+        spec = CacheSpec(assemble(self.levels, shape, found.picks))
         own = parameters_of(self.fitted, shape, found.picks)
-        return Point(name, found, bits, tuple(self.meter.kld(codec, own).tolist()))
+        return Point(name, found, bits, tuple(self.meter.kld(spec, own).tolist()))
 
     def uniforms(self) -> list[Point]:
         """Every level, the same everywhere."""
@@ -144,7 +144,7 @@ def pose(
     """
     record = read_record(folder)
     shape = record.source.base_model.geometry
-    fitted = workers.in_turn(lambda: _fitted(choices, folder, sensitivity), stop)
+    fitted = workers.in_turn(lambda: fitted_levels(choices, folder, sensitivity), stop)
     pre = options.prefill or windows.shape[1] // 8
 
     def meter(ids: Tensor) -> Meter:
@@ -164,7 +164,7 @@ def pose(
     return Problem(options, record, choices, fitted, loss, price, check)
 
 
-def _fitted(choices: Levels, folder: Path, sensitivity: Sensitivity) -> list[Parameters]:
+def fitted_levels(choices: Levels, folder: Path, sensitivity: Sensitivity) -> list[Parameters]:
     """Parameters of every level; a dense window has none."""
     found: dict[CodecSpec, Parameters] = {}
     for codec in (replace(c, recent=choices.exact.recent) for c in choices.codecs):

@@ -18,6 +18,7 @@ from kvsmith.pipeline.budget.make import pose
 from kvsmith.pipeline.budget.options import BudgetOptions
 from kvsmith.pipeline.budget.run import request
 from kvsmith.pipeline.budget.solve import solve
+from kvsmith.pipeline.budget.trade import trade
 from kvsmith.pipeline.calibrate import CalibrateConfig, calibrate
 from kvsmith.pipeline.data import TextfileData
 from kvsmith.pipeline.data.tokens import token_stream
@@ -60,6 +61,19 @@ def fit_bundle(
     try:
         with tempfile.TemporaryDirectory() as place, Run(None, quiet=True) as log, Stop() as stop:
             folder = calibrate(replace(cfg, folder=place), {}, model, tokens, log, stop, asked)
+            if asked.state is not None:
+                _, bundle = trade(
+                    options,
+                    asked.choices,
+                    asked.state,
+                    asked.kept,
+                    Path(folder),
+                    model,
+                    tokens[: options.windows],
+                    None,
+                    cfg.sensitivity,
+                )
+                return bundle
             problem = pose(
                 options,
                 asked.choices,

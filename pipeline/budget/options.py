@@ -28,6 +28,8 @@ class BudgetOptions:
         recents: newest tokens that stay dense to choose from, for each layer apart; empty for the
             template's.
         template: preset of `conf/codec` whose kind of quantizer, outliers and windows are used.
+        trained: folder that train.py left: tokens beyond the budget go into its state, and how many
+            stay is weighed against their bits. Windows are then `context` tokens long.
         windows: calibration windows on which sensitivity is measured.
         length: tokens of a window; None is 512, or the model's context where that is less.
         prefill: tokens of the first forward pass; None is an eighth of the window.
@@ -45,6 +47,7 @@ class BudgetOptions:
     ranks: tuple[int, ...] = (0,)
     recents: tuple[int, ...] = ()
     template: str = "nuq4_o1"
+    trained: str | None = None
     windows: int = 8
     length: int | None = None
     prefill: int | None = None
@@ -112,6 +115,12 @@ class BudgetOptions:
             ValueError: they are too few to score one, or beyond the model's positions.
         """
         length = min(LENGTH, context) if self.length is None else self.length
+        if self.trained is not None:
+            # An eviction is worth nothing to know at another length than it is for.
+            length = self.tokens
+            if length > context:
+                expected = f"at most the model's context of {context} where tokens are evicted"
+                raise ValueError(explain("fit.context", "tokens", expected, length))
         if not SHORTEST <= length <= context:
             expected = f"at least {SHORTEST}, and at most the model's context of {context}"
             raise ValueError(explain("fit.length", "tokens of a window", expected, length))

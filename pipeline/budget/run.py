@@ -12,13 +12,19 @@ from transformers import PreTrainedModel
 from kvsmith.errors import explain
 from kvsmith.geometry import ModelGeometry
 from kvsmith.pipeline.budget.choices import Levels, costs, levels
+from kvsmith.pipeline.budget.kept import Kept, State, candidates
 from kvsmith.pipeline.budget.make import pose, save
 from kvsmith.pipeline.budget.options import BudgetOptions
 from kvsmith.pipeline.budget.solve import smallest, solve
 from kvsmith.pipeline.budget.tell import tell, write
+from kvsmith.pipeline.budget.trade import tell as tell_trade
+from kvsmith.pipeline.budget.trade import trade
+from kvsmith.pipeline.calibration.record import read_record
 from kvsmith.pipeline.codecs import load_codec
+from kvsmith.pipeline.config import input_path
 from kvsmith.pipeline.data.split import Split
 from kvsmith.pipeline.evaluation.find import shown
+from kvsmith.pipeline.export import cache_name, identity
 from kvsmith.pipeline.fit import Sensitivity
 from kvsmith.pipeline.log import Run
 from kvsmith.pipeline.model import model_context
@@ -37,6 +43,7 @@ class Request:
         budget: bytes of one row; None for a curve alone.
         curve: whether the whole front is wanted.
         where: configuration path of the budget.
+        state, kept: the trained state, and what it may be weighed as; none where all tokens stay.
     """
 
     options: BudgetOptions
@@ -44,6 +51,8 @@ class Request:
     budget: int | None
     curve: bool
     where: str
+    state: State | None = None
+    kept: tuple[Kept, ...] = ()
 
 
 def request(
@@ -71,6 +80,13 @@ def request(
         template, options.widths, options.fractions, shape, options.ranks, options.recents
     )
     where = "fit.bytes" if target_bits is None else "target_bits"
+    if options.trained is not None:
+        if budget is None or curve:
+            expected, remedy = "false, with a budget", "Give target_bits or fit.bytes."
+            raise ValueError(explain("curve", "value with fit.trained", expected, curve, remedy))
+        state = State.read(input_path(options.trained), shape)
+        kept = candidates(choices, state, shape, options.tokens, budget, where)
+        return Request(options, choices, budget, False, where, state, kept)
     if budget is not None:
         least = smallest(costs(choices, shape, options.tokens))
         if budget < least:
@@ -114,6 +130,10 @@ def spend(
     length = o.window(model_context(model.config))
     windows = read("calibration", o.windows, length)
     heldout = read("heldout", o.check, length) if o.check else None
+    if asked.state is not None:
+        if not workers.leads:
+            return None
+        return _weigh(asked, calibration, model, windows, heldout, sensitivity, root, folder, log)
     problem = pose(
         o, asked.choices, calibration, windows, heldout, model, sensitivity, log, stop, workers
     )
@@ -132,5 +152,32 @@ def spend(
         path = save(problem, chosen[0], root, sensitivity)
         log.say(f"bundle: {shown(path)}")
     write(problem, chosen, front, rivals, folder)
+    log.say(f"written: {shown(folder)}")
+    return path
+
+
+def _weigh(
+    asked: Request,
+    calibration: Path,
+    model: PreTrainedModel,
+    windows: Tensor,
+    heldout: Tensor | None,
+    sensitivity: Sensitivity,
+    root: Path,
+    folder: Path,
+    log: Run,
+) -> Path:
+    """Tokens against bits; arguments and result as of `spend`."""
+    o = asked.options
+    assert asked.state is not None
+    found, bundle = trade(
+        o, asked.choices, asked.state, asked.kept, calibration, model, windows, heldout, sensitivity
+    )
+    record = read_record(calibration)
+    tell_trade(found, record, o.tokens, log, folder)
+    bits = 8 * found[0].nbytes / (record.source.base_model.geometry.elements * o.tokens)
+    name = f"fit{bits:.2f}-{cache_name(bundle.spec)}-{identity(bundle)}"
+    path = bundle.save_pretrained(root / name, overwrite=True)
+    log.say(f"bundle: {shown(path)}")
     log.say(f"written: {shown(folder)}")
     return path

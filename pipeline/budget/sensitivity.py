@@ -12,7 +12,7 @@ from kvsmith.hf import make_cache
 from kvsmith.pipeline.budget.choices import SIDES, Levels, Parameters
 from kvsmith.pipeline.evaluation.candidate import FULL
 from kvsmith.pipeline.evaluation.forced import losses, reference
-from kvsmith.spec import CacheSpec, CodecSpec
+from kvsmith.spec import CacheSpec
 
 
 class Meter:
@@ -34,11 +34,11 @@ class Meter:
             for ids in windows.to(model.device).split(batch)
         ]
 
-    def kld(self, codec: CodecSpec, parameters: Parameters) -> Tensor:
+    def kld(self, spec: CacheSpec, parameters: Parameters) -> Tensor:
         """Mean divergence of each window, nats a token, [n] float64."""
         found = []
         for ids, full in self._parts:
-            cache = make_cache(self._model, CacheSpec(codec), parameters)
+            cache = make_cache(self._model, spec, parameters)
             lost = losses(self._model, cache, ids, full, self._prefill, self._chunk)
             found.append(lost.kld.double().mean(1))
         return torch.cat(found)
@@ -66,8 +66,8 @@ def measure_layer(
     for name in SIDES:
         row = []
         for level in range(len(options)):
-            codec = options.alone(layer, name, level)
-            row.append(float(meter.kld(codec, fitted[level]).mean()))
+            spec = CacheSpec(options.alone(layer, name, level))
+            row.append(float(meter.kld(spec, fitted[level]).mean()))
             advance()
         found.append(row)
     return found

@@ -13,10 +13,11 @@ import torch
 
 import kvsmith
 from kvsmith.geometry import LayerGeometry, ModelGeometry
-from kvsmith.hf import geometry
+from kvsmith.hf import geometry, share
 from kvsmith.pipeline.budget import BudgetOptions, assemble, levels, solve
 from kvsmith.pipeline.budget.choices import Costs, costs, parameters_of
 from kvsmith.pipeline.budget.run import request
+from kvsmith.pipeline.budget.sensitivity import Meter
 from kvsmith.pipeline.budget.solve import priced, smallest
 from kvsmith.pipeline.calibrate import CalibrateConfig, run
 from kvsmith.pipeline.codecs import load_codec
@@ -140,6 +141,29 @@ def test_fit_spends_the_budget_where_it_counts(micro_llama: Callable[..., Any]) 
     again = kvsmith.fit(model, texts, bits=3.4, context=4096, **options)
     assert again.manifest == bundle.manifest  # the checksums of the tensors among it
     model.eval()(input_ids=texts, past_key_values=bundle.cache(model), use_cache=True)
+
+
+def test_layers_that_share_are_counted_and_chosen_once(micro_llama: Callable[..., Any]) -> None:
+    model, ids = micro_llama(layers=4), torch.randint(3, 97, (8, 64))
+    share(model, (0, 0, 2, 2))
+    shape = geometry(model.config)
+    options = {"length": 64, "windows": 4, "chunk": 16, "fractions": (0.0,), "context": 400}
+    bundle = kvsmith.fit(model, ids, bits=5, widths=(2, 4), **options)
+    uniform = kvsmith.fit(model, ids, bits=5, widths=(2,), **options)
+    assert {own.layer for own in bundle.spec.codec.layers} <= {0, 2}
+    # Bytes of two layers: what a cache of this model allocates, and too few for four.
+    counted = cache_bytes(bundle.spec, shape, 1, 400, torch.bfloat16).total
+    assert (
+        shape.elements == 2 * shape.layers[0].elements and 8 * counted <= 5 * shape.elements * 400
+    )
+    apart = levels(load_codec("nuq4_o1"), (2,), (0.0,), geometry(micro_llama(layers=4).config))
+    assert smallest(costs(apart, geometry(micro_llama(layers=4).config), 400)) > counted
+    meter = Meter(model, ids[4:], 8, 16, 4)
+    ours, theirs = (meter.kld(b.spec, b.parameters).mean() for b in (bundle, uniform))
+    assert ours < theirs
+    cache = bundle.cache(model.to(torch.bfloat16))
+    model(input_ids=torch.randint(3, 97, (1, 400)), past_key_values=cache)
+    assert cache.bytes().total == counted
 
 
 def test_calibrate_writes_the_bundle_and_the_curve(
