@@ -47,6 +47,7 @@ def midpoints(lut: torch.Tensor) -> torch.Tensor:
 
 
 @cache
+@torch.inference_mode(False)  # it outlives the call, and may meet gradients later
 def hadamard(dim: int) -> torch.Tensor:
     """Sylvester's matrix over sqrt(n), orthogonal and symmetric, [D, D] float32.
 

@@ -52,6 +52,7 @@ class Pairing:
 
 
 @lru_cache(maxsize=256)
+@torch.inference_mode(False)  # it outlives the call, and may meet gradients later
 def find_pairing(rotate: Rotate, dim: int, width: int, device: torch.device) -> Pairing | None:
     """The pairs that a rotary function turns, found by having it turn each channel alone.
 

@@ -30,7 +30,7 @@ COLUMNS = (
     "longest",
     "rows",
     "read/step",
-    "ms/step",
+    "ms/step at least",
 )
 
 
@@ -171,7 +171,7 @@ def _verdict(plan: Plan, option: Option) -> str:
         f"{option.codec}: {rows}{load.context:,} tokens {state} {where} ({of}, longest "
         f"{show_count(option.longest)}); a step moves {show_bytes(option.read)} of cache and "
         f"{show_bytes(plan.model.read * load.dtype.itemsize)} of weights: at least "
-        f"{1e3 * option.seconds:.1f} ms, at most {rate:.1f} tokens/s."
+        f"{1e3 * option.seconds:.3g} ms, at most {rate:.3g} tokens/s at peak bandwidth (computed)."
     )
 
 

@@ -37,6 +37,7 @@ def tile_order(bits: int, dim: int) -> tuple[int, ...] | None:
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)  # it outlives the call, and may meet gradients later
 def order_tensors(bits: int, dim: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """`tile_order` and its inverse, [D] int64."""
     order = torch.tensor(tile_order(bits, dim), device=device)

@@ -148,8 +148,11 @@ def speed(rows: Sequence[Row], shape: ModelGeometry, weights: int) -> Chart:
         points = tuple((float(t), device.bandwidth / n) for t, n in sizes if n <= device.memory)
         if points:
             lines.append(Series(row.name, points, _role(row)))
-    y = Axis("tokens/s at most")
-    return Chart(f"Bytes of a step over the bandwidth of one {SPEED}", _tokens(), y, tuple(lines))
+    y = Axis("tokens/s at most (computed)")
+    title = (
+        f"Upper bound of tokens/s, not measured: peak bandwidth of one {SPEED} over bytes of a step"
+    )
+    return Chart(title, _tokens(), y, tuple(lines))
 
 
 def _held(spec: CacheSpec, shape: ModelGeometry, tokens: int) -> int:

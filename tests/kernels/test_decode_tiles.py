@@ -60,3 +60,12 @@ def test_missing_tensors_are_named():
     with pytest.raises(ValueError, match="decode: tensors must be codes, index, start, value"):
         codes = torch.zeros(1, 1, 1, 8, dtype=torch.uint8)
         decode_tiles({"codes": codes}, fmt, _tables(4, 1, 16), 16)
+
+
+def test_the_order_of_channels_serves_gradients_after_inference() -> None:
+    order_tensors.cache_clear()
+    with torch.inference_mode():
+        order_tensors(4, 16, torch.device("cpu"))
+    x = torch.ones(16, requires_grad=True)
+    x[order_tensors(4, 16, torch.device("cpu"))[0]].sum().backward()
+    assert x.grad is not None and bool((x.grad == 1).all())
