@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
 from statistics import NormalDist
@@ -21,6 +21,7 @@ from kvsmith.kernels.low_rank.api import (
     read_factors,
 )
 from kvsmith.layout import channel_slots, outlier_slots, parameter_tensors
+from kvsmith.pairing import Pairing
 from kvsmith.spec import Identity, StaticThreshold, TensorCodec
 
 Tensors = dict[str, torch.Tensor]
@@ -127,14 +128,13 @@ class Codec:
         if self.rotation is not None:
             self.rotation = self.rotation.to(device)
 
-    def map_channels(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Have tokens come with their channels in another order: `change` puts [H, D] into it."""
-        if self.is_identity:
-            return
-        scale, zero = (
-            None if t is None else change(t) for t in (self.tables.scale, self.tables.zero)
-        )
-        self.tables = replace(self.tables, scale=scale, zero=zero)
+    def arrange(self, pairing: Pairing) -> None:
+        """Have tokens come with their channels in the order of these pairs."""
+        self.to(pairing.entry.device)
+        if not self.is_identity:
+            t = self.tables
+            scale, zero = (None if x is None else pairing.arranged(x) for x in (t.scale, t.zero))
+            self.tables = replace(t, scale=scale, zero=zero)
 
     def tensors(self) -> list[torch.Tensor]:
         """Tables that it holds."""

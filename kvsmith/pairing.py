@@ -53,6 +53,7 @@ class Pairing:
 
 @lru_cache(maxsize=256)
 @torch.inference_mode(False)  # it outlives the call, and may meet gradients later
+@torch.no_grad()
 def find_pairing(rotate: Rotate, dim: int, width: int, device: torch.device) -> Pairing | None:
     """The pairs that a rotary function turns, found by having it turn each channel alone.
 
@@ -65,9 +66,11 @@ def find_pairing(rotate: Rotate, dim: int, width: int, device: torch.device) -> 
     Returns:
         None for a function that does something else.
     """
-    angle = torch.linspace(0.2, 1.2, width)
+    # Said in full, since torch's defaults may be others.
+    angle = torch.linspace(0.2, 1.2, width, dtype=torch.float32, device="cpu")
     cos, sin = (x.expand(1, dim, -1) for x in (angle.cos(), angle.sin()))
-    turned = rotate(torch.eye(dim)[None, None], cos, sin)[0, 0]
+    channels = torch.eye(dim, dtype=torch.float32, device="cpu")
+    turned = rotate(channels[None, None], cos, sin)[0, 0]
     # Channel a of the lower ones gives its partner a sine, which takes it back with a minus.
     own = turned.diagonal()
     across = turned - own.diag()
@@ -75,7 +78,7 @@ def find_pairing(rotate: Rotate, dim: int, width: int, device: torch.device) -> 
     upper = across[lower].argmax(1)
     count = len(still) // 2
     every = torch.cat([lower, still[:count], upper, still[count:]])
-    if not torch.equal(every.sort().values, torch.arange(dim)):
+    if not torch.equal(every.sort().values, torch.arange(dim, device="cpu")):
         return None
     # Which entry gave the cosine, of angles that all differ.
     a, b = ((own[x, None] - angle.cos()).abs().argmin(1) for x in (lower, upper))
@@ -85,6 +88,6 @@ def find_pairing(rotate: Rotate, dim: int, width: int, device: torch.device) -> 
     if not torch.allclose(turned, expected, rtol=0, atol=1e-5):
         return None
     entry = F.pad(a, (0, count), value=width)
-    natural = torch.equal(every, torch.arange(dim))
+    natural = torch.equal(every, torch.arange(dim, device="cpu"))
     order, place = (None, None) if natural else (every.to(device), every.argsort().to(device))
     return Pairing(order, place, entry.to(device))

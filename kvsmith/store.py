@@ -87,12 +87,10 @@ class LayerStore:
 
     def arrange(self, pairing: Pairing | None) -> None:
         """Have keys lie in the order of these pairs, from the first token on."""
-        if pairing is None or self.pairing is not None:
-            return
-        assert self.length == 0
-        self.pairing = pairing
-        self.codecs[0].to(pairing.entry.device)
-        self.codecs[0].map_channels(pairing.arranged)
+        if pairing is not None and self.pairing is None:
+            assert self.length == 0
+            self.pairing = pairing
+            self.codecs[0].arrange(pairing)
 
     def clear(self) -> None:
         """Forget every token and free the memory."""

@@ -56,7 +56,7 @@ def attend_kept(
         return attend_dense(q, k, v, mask, scores.scale), None
     part, mass = attend_there(q, k, v, store, mask, rotate, scores)
     if store.state is not None and store.length > k.shape[2]:
-        part = part.merge(store.state.partial(q, reader))
+        part = part.merge(store.state.partial(store.natural(q), reader))
     return part.out.transpose(1, 2).to(q.dtype), mass
 
 

@@ -41,7 +41,7 @@ class EvictingStore:
         state: what remains of the others; None for nothing.
 
     Attributes:
-        pairing: pairs of RoPE's channels, where keys may leave in tile order; None where not.
+        pairing: in whose order the channels of keys lie; None for natural order.
     """
 
     def __init__(
@@ -66,9 +66,15 @@ class EvictingStore:
         return "post" if self.codecs[0].is_identity else self.spec.key_domain
 
     def arrange(self, pairing: Pairing | None) -> None:
-        """Take note of pairs that lie D/2 apart; features know channels in natural order alone."""
-        if pairing is not None and pairing.order is None:
+        """Have keys lie in the order of these pairs, from the first token on."""
+        if pairing is not None and self.pairing is None:
+            assert self.length == 0
             self.pairing = pairing
+            self.codecs[0].arrange(pairing)
+
+    def natural(self, x: torch.Tensor) -> torch.Tensor:
+        """Queries or keys [..., D] in natural order, which the state's features know."""
+        return x if self.pairing is None else self.pairing.natural(x)
 
     def clear(self) -> None:
         """Forget every token and free the memory."""
@@ -94,7 +100,7 @@ class EvictingStore:
         """Add tokens to every row; `settle` follows when attention has seen them.
 
         Args:
-            k: [B, H, T, D] keys in the stored domain.
+            k: [B, H, T, D] keys in the stored domain, channels in natural order.
             v: [B, H, T, Dv] values.
             padding: [B] int64, columns of left padding in each row as far as known; None for none.
 
@@ -103,6 +109,7 @@ class EvictingStore:
         """
         assert self.pending is None, "the step before was not settled"
         k, v = k.detach(), v.detach()
+        k = k if self.pairing is None else self.pairing.arranged(k)
         if self.recent is None:
             self._allocate(k, v)
         expected = (self.batch_size, self.geometry.kv_heads, self.geometry.k_dim)

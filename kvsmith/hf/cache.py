@@ -85,7 +85,7 @@ def _fold(store: EvictingStore, rotate: Rotation) -> Fold | None:
         return None
 
     def fold(gone: Tokens) -> None:
-        state.fold(rotate_tokens(rotate, gone), gone.v, gone.columns >= 0)
+        state.fold(store.natural(rotate_tokens(rotate, gone)), gone.v, gone.columns >= 0)
 
     return fold
 

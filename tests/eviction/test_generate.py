@@ -4,10 +4,13 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+import kvsmith.hf.seam
 from kvsmith.eviction.policy import H2O, TOVA, Lambda
-from kvsmith.hf import make_cache
+from kvsmith.hf import geometry, make_cache
+from kvsmith.layout import less_parameters
+from kvsmith.less.spec import Less
 from kvsmith.sizes import cache_bytes
-from kvsmith.spec import CacheSpec, CodecSpec, Identity, TensorCodec, Uniform
+from kvsmith.spec import NUQ, CacheSpec, CodecSpec, Identity, TensorCodec, Uniform
 from tests.runtime.models import build, run
 
 IDENTITY = TensorCodec(Identity())
@@ -42,6 +45,32 @@ def test_a_budget_that_is_not_reached_changes_nothing(family, policy, ids, padde
         want = run(model, ids, DynamicCache(config=model.config), (60, 20) + (1,) * 10, mask)
         got = run(model, ids, make_cache(model, spec(policy)), (60, 20) + (1,) * 10, mask)
         torch.testing.assert_close(got[:, real:], want[:, real:], rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("family", ["glm", "cohere", "llama"])
+@pytest.mark.parametrize("policy", [Lambda(48), H2O(48)], ids=lambda p: p.kind)
+def test_the_order_of_a_keys_channels_is_free(family, policy, ids, padded, monkeypatch):
+    """Slots in tile order, a state whose features know natural order, and no order at all."""
+    model = build(family)
+    ranges = TensorCodec(NUQ(bits=4, axis="channel", range="calibrated", table="nf"))
+    codec = CodecSpec(ranges, TensorCodec(Uniform(bits=4)), **WINDOWS)
+    whole, shape = CacheSpec(codec, policy, less=Less(rank=4)), geometry(model.config)
+    heads = (shape.layers[0].kv_heads, shape.layers[0].k_dim)
+    width = torch.arange(1.0, heads[0] * heads[1] + 1).view(heads)
+    own = {n: 0.3 * torch.randn(i.shape) for n, i in less_parameters(whole, shape).items()}
+    for layer in range(2):
+        own |= {f"layers.{layer}.k.scale": 1 + width / 30, f"layers.{layer}.k.zero": width / 99}
+    answers = []
+    for way in ("pairs", "none"):
+        if way == "none":
+            monkeypatch.setattr(kvsmith.hf.seam, "find_pairing", lambda *_: None)
+        cache = make_cache(model, whole, own)
+        answers.append(run(model, ids, cache, (60, 20) + (1,) * 10, padded)[:, 17:])
+        pairing = cache.stores[0].pairing
+        assert (pairing is None) == (way == "none")
+        assert way == "none" or (pairing.order is None) == (family == "llama")
+    # Sums in another order; codes and choices agree but at a tie.
+    assert (answers[0] - answers[1]).abs().max() < 1e-3 * answers[1].std()
 
 
 @pytest.mark.parametrize("rows", [1, 3])

@@ -110,6 +110,19 @@ def test_in_the_order_of_the_pairs_rope_is_half_split(style):
     assert int((rope.turns == 0).sum()) == (D // 4 if style in ("phi", "glm") else 0)
 
 
+def test_pairs_are_found_whatever_torch_is_set_to():
+    turn = rotation_function(GlmAttention(GlmConfig(hidden_size=128, num_attention_heads=4), 0))
+    with torch.inference_mode():
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            found = find_pairing(turn, D, D // 2, CPU)
+        finally:
+            torch.set_default_dtype(torch.float32)
+    x = torch.randn(3, D, requires_grad=True)
+    found.arranged(x).sum().backward()  # a pass with gradients meets the same pairs
+    torch.testing.assert_close(x.grad, torch.ones(3, D))
+
+
 def test_other_functions_have_no_pairs():
     def same(x, cos, sin):
         return x * cos + x.roll(1, -1) * sin
