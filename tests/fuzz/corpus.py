@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
-from kvsmith.bundle import Bundle, Calibration, base_model
+import torch
+
+from kvsmith.bundle import Bundle, Calibration, Delta, base_model
 from kvsmith.bundle.manifest import MANIFEST, seal, write_manifest
 from kvsmith.bundle.shards import encode
 from kvsmith.geometry import LayerGeometry, ModelGeometry
 from kvsmith.spec import CacheSpec
-from tests.golden import GOLDEN, INT4, contents, golden_base, golden_parameters
+from tests.golden import GOLDEN, INT4, contents, golden_base, golden_parameters, golden_spec
 
 Kind = Literal["link", "fifo", "socket", "folder", "absent"]
 
@@ -52,8 +54,8 @@ class Case:
 
 @cache
 def corpus() -> tuple[Files, ...]:
-    """The golden bundle, one of odd shapes in two shards, and one without tensors."""
-    return contents(GOLDEN), _odd_shapes(), _without_tensors()
+    """The golden bundle, one of odd shapes in two shards, one without tensors, one with a delta."""
+    return contents(GOLDEN), _odd_shapes(), _without_tensors(), _with_delta()
 
 
 def _files(bundle: Bundle) -> Files:
@@ -85,6 +87,19 @@ def _odd_shapes() -> Files:
 
 def _without_tensors() -> Files:
     return _files(Bundle.create(CacheSpec.parse(INT4), {}, golden_base()))
+
+
+def _with_delta() -> Files:
+    weights = {
+        "model.norm.weight": torch.arange(-3.0, 4.0).bfloat16(),
+        "model.layers.0.q.weight": torch.linspace(-1, 1, 15).view(3, 5).bfloat16(),
+        "scalar": torch.tensor(0.5).bfloat16(),
+    }
+    delta = Delta("owner/base", "b" * 40, "cd" * 32, "bfloat16")
+    spec, base = golden_spec(), golden_base()
+    calibration = Calibration("text", "1", 0, 4, 64, "ab" * 32, "none")
+    own = golden_parameters(spec, base.geometry)
+    return _files(Bundle.create(spec, own, base, calibration, delta=delta, weights=weights))
 
 
 def info(content: bytes) -> dict[str, Any]:

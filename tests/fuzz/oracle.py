@@ -57,9 +57,13 @@ def need(truth: bool, what: str) -> None:
 
 def same_bundle(bundle: Bundle, sound: Bundle) -> bool:
     same = bundle.manifest == sound.manifest and bundle.card == sound.card
-    names = list(bundle.parameters) == list(sound.parameters)
-    pairs = ((t, sound.parameters.get(n)) for n, t in bundle.parameters.items())
-    return same and names and all(b is not None and torch.equal(a, b) for a, b in pairs)
+    for some, right in (
+        (bundle.parameters, sound.parameters),
+        (bundle.weights, sound.weights),
+    ):
+        same = same and list(some) == list(right)
+        same = same and all(torch.equal(t, right[n]) for n, t in some.items())
+    return same
 
 
 def same_json(a: Any, b: Any) -> bool:
@@ -114,11 +118,18 @@ def _check_cache(cache: dict[str, Any]) -> None:
 
 
 def _check_tensors(bundle: Bundle, files: Files, data: dict[str, Any]) -> None:
-    found: dict[str, torch.Tensor] = {}
-    for name in shard_names(files):
-        shard = safetensors.torch.load(files[name])
-        need(not shard.keys() & found.keys(), "a tensor twice")
-        found |= shard
+    delta = data.get("delta") or {"files": [], "dtype": "float32"}
+    need(set(delta["files"]) <= set(shard_names(files)), "shards of the delta")
+    changed = _joined({name: files[name] for name in delta["files"]})
+    need(changed.keys() == bundle.weights.keys(), "names of weights")
+    for name, tensor in changed.items():
+        need(tensor.dtype == getattr(torch, delta["dtype"]), f"dtype of {name}")
+        need(bool(tensor.isfinite().all()), f"{name} is not finite")
+        # Finite values that are equal may still differ in the sign of a zero.
+        signs = [t.signbit() for t in (tensor, bundle.weights[name])]
+        need(torch.equal(tensor, bundle.weights[name]) and torch.equal(*signs), f"bits of {name}")
+    own = [name for name in shard_names(files) if name not in delta["files"]]
+    found = _joined({name: files[name] for name in own})
     need(found.keys() == bundle.parameters.keys(), "names of tensors")
     need(found.keys() == _names(data), "tensors of the codec")
     for name, tensor in found.items():
@@ -128,6 +139,15 @@ def _check_tensors(bundle: Bundle, files: Files, data: dict[str, Any]) -> None:
         need(torch.equal(*bits), f"bits of {name}")
         need(bool(loaded.isfinite().all()), f"{name} is not finite")
         _check_values(name, loaded)
+
+
+def _joined(shards: Files) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for content in shards.values():
+        shard = safetensors.torch.load(content)
+        need(not shard.keys() & found.keys(), "a tensor twice")
+        found |= shard
+    return found
 
 
 def _names(data: dict[str, Any]) -> set[str]:
