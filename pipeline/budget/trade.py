@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from html import escape
 from pathlib import Path
 
 from torch import Tensor
@@ -19,11 +20,11 @@ from kvsmith.pipeline.fit import Sensitivity
 from kvsmith.pipeline.log import Run
 from kvsmith.pipeline.report.chart import Axis, Chart, Series
 from kvsmith.pipeline.report.page import page, table_of
-from kvsmith.pipeline.report.provenance import provenance
+from kvsmith.pipeline.report.provenance import provenance, told
 from kvsmith.pipeline.report.svg import render
 from kvsmith.pipeline.stage import atomic_write, write_json
 
-COLUMNS = ("tokens stored", "tokens kept", "bits", "bytes", "KLD", "KLD held out", "+-")
+COLUMNS = ("stored as", "tokens kept", "bits", "bytes", "KLD", "KLD held out", "+-")
 
 
 def trade(
@@ -88,9 +89,16 @@ def tell(found: Sequence[Kept], record: Record, context: int, log: Run, folder: 
         Series(one.name, ((float(one.tokens or context), one.mean),), line=False) for one in found
     )
     label = "KLD on calibration text, nats a token"
-    chart = Chart(title, Axis("tokens that a layer keeps"), Axis(label), series)
-    body = [f"<h1>{title}</h1>", table_of(title, COLUMNS, rows, {found[0].name}), render(chart)]
-    atomic_write(folder / "report.html", page(record.source.base_model.id, body).encode())
+    chart = Chart("Divergence by tokens kept", Axis("tokens of a layer"), Axis(label), series)
+    name = record.source.base_model.id
+    lines = (f"Calibration seed {record.source.seed}.", *told(facts))
+    body = [
+        f"<h1>{escape(name)}: tokens against bits</h1>",
+        table_of(title.capitalize(), COLUMNS, rows, {found[0].name}),
+        render(chart),
+        f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul>",
+    ]
+    atomic_write(folder / "report.html", page(name, body).encode())
 
 
 def _cells(one: Kept, per: float) -> list[str]:
