@@ -83,20 +83,20 @@ def tell(found: Sequence[Kept], record: Record, context: int, log: Run, folder: 
     rows = [_cells(one, per) for one in found]
     title = f"equal bytes at {context:,} tokens: tokens kept against their bits"
     log.table(title, COLUMNS, rows)
-    facts = {**provenance(), "model": record.source.base_model.id, "context": context}
+    source = record.source
+    facts = {**provenance(), "model": source.base_model.id, "context": context, "seed": source.seed}
     write_json(folder / "kept.json", {**facts, "caches": [one.plain() for one in found]})
     series = tuple(
         Series(one.name, ((float(one.tokens or context), one.mean),), line=False) for one in found
     )
     label = "KLD on calibration text, nats a token"
     chart = Chart("Divergence by tokens kept", Axis("tokens of a layer"), Axis(label), series)
-    name = record.source.base_model.id
-    lines = (f"Calibration seed {record.source.seed}.", *told(facts))
+    name = source.base_model.id
     body = [
         f"<h1>{escape(name)}: tokens against bits</h1>",
         table_of(title.capitalize(), COLUMNS, rows, {found[0].name}),
         render(chart),
-        f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul>",
+        f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in told(facts))}</ul>",
     ]
     atomic_write(folder / "report.html", page(name, body).encode())
 
