@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
@@ -89,6 +90,7 @@ class Codec:
         block: int = 16,
     ) -> None:
         self.spec, self.heads, self.dim, self.store = spec, heads, dim, store
+        self.where = where
         self.rotation: torch.Tensor | None = None  # [H or 1, D, D]
         _check_parameters(spec, heads, dim, parameters, where)
         q = spec.quantizer
@@ -155,9 +157,14 @@ class Codec:
 
         Returns:
             Tensors named and shaped as `page_tensors` says.
+
+        Raises:
+            ValueError: x holds NaN or infinity; looked for on a CPU, and anywhere where there is a
+                low-rank part.
         """
         if self.is_identity:
             return {"dense": x if out is None else out["dense"].copy_(x)}
+        _check_finite(x, self.where)
         if self.rotation is not None:
             x = x.float() @ self.rotation
         if not self.factors or not self.spec.low_rank:
@@ -209,6 +216,15 @@ class Codec:
         x = decode_tiles(tensors, self.format, self.tables, self.dim)
         low = self.low_rank(tensors, tiles=True)
         return x if low is None else add_low_rank(x, *low)
+
+
+def _check_finite(x: torch.Tensor, where: str) -> None:
+    """Elsewhere than on a CPU the answer would have to be waited for."""
+    if x.device.type != "cpu" or math.isfinite(x.sum(dtype=torch.float32)):
+        return
+    # The sum alone may be too large.
+    if not bool(x.isfinite().all()):
+        raise ValueError(explain(where, "keys and values", "finite", "NaN or infinity"))
 
 
 def _outlier_rule(spec: TensorCodec) -> OutlierRule:

@@ -134,9 +134,10 @@ static void low_logits(const Task *t, Work *w, const uint8_t *row, int64_t head,
                 for (int64_t r = 0; r < t->rows; r++)
                     w->k.inner[r][c] = dot(q + r * K_DIM, right, K_DIM) * scale;
             }
-            for (int64_t r = 0; r < t->rows; r++)
-                for (int64_t j = 0; j < n; j++)
-                    w->logits[r][i + j] += w->k.inner[r][c] * w->k.left[c][o + j];
+            for (int64_t r = 0; r < t->rows; r++) {
+                float inner = w->k.inner[r][c];
+                for (int64_t j = 0; j < n; j++) w->logits[r][i + j] += inner * w->k.left[c][o + j];
+            }
         }
     }
 }

@@ -32,6 +32,7 @@ PLACES = {
     "decode: integers and outliers": ("kernels/decode/",),
     "factors: found": ("kernels/low_rank/",),
     "factors: attended to": (),
+    "attend: in place": ("kernels/attend_encoded/", "kvsmith/fused.py"),
     "attend: dense part": ("kernels/attend/", "kernels/partial.py", "kvsmith/attention.py"),
     "pages": ("kvsmith/pages.py", "kvsmith/codec.py", "kvsmith/store.py", "kvsmith/stores.py"),
 }

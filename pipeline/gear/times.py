@@ -5,16 +5,20 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from kvsmith.attention import Scores, attend_store
 from kvsmith.codec import Codec
+from kvsmith.fused import UNLIMITED
 from kvsmith.geometry import LayerGeometry
+from kvsmith.key_rotation import KeyRotation
 from kvsmith.pipeline.codecs import load_codec
 from kvsmith.pipeline.gear.error import ways
 from kvsmith.pipeline.log import Run
+from kvsmith.rope import Positions
 from kvsmith.spec import CodecSpec
 from kvsmith.store import LayerStore
 
@@ -24,24 +28,15 @@ COLUMNS = ("codec", "parts", "CPU ms", "least", "most", "over Q", "over it witho
 
 
 class Open:
-    """A mask that hides nothing, and keys that are stored after RoPE."""
+    """A mask that hides nothing."""
 
     padding = None
     is_causal = True
-    reach = None
-    pairs_halves = True
+    reach = UNLIMITED
 
     def window(self, rows: slice, columns: slice) -> Tensor | None:
         """Every query sees every column."""
         return None
-
-    def tiles(self, k: Tensor, start: int | None, columns: Tensor | None, order: Tensor) -> Tensor:
-        """Nothing turns."""
-        return k
-
-    def __call__(self, k: Tensor, start: int | None, columns: Tensor | None) -> Tensor:
-        """Nothing turns."""
-        return k
 
 
 def turns(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
@@ -92,18 +87,31 @@ def encode(log: Run, repeats: int = 60) -> None:
     log.table(f"encoding {BLOCK} tokens x {HEADS} heads x {DIM}, n = {repeats}", COLUMNS, rows)
 
 
-def decode(log: Run, tokens: int = 32768, repeats: int = 11) -> None:
-    """One token attends to a layer of 32,768, 32 query and 8 KV heads of 128."""
+def decode(log: Run, tokens: int = 32768, repeats: int = 21) -> None:
+    """One token attends to a layer: a prompt of 32,768, a block that was generated, and itself.
+
+    32 query and 8 KV heads of 128; keys are stored after RoPE, as GEAR's presets have them.
+    """
     k, v = torch.randn(2, 1, HEADS, tokens, DIM).unbind(0)
-    q, free, scores = torch.randn(1, 32, 1, DIM), Open(), Scores(DIM**-0.5)
+    q, scores = torch.randn(1, 32, 1, DIM), Scores(DIM**-0.5)
+    still = KeyRotation(Positions(128), None, torch.float32, None, None)
     rows = []
     for name in ("gear4", "gear2", "gear_q4", "gear_q2"):
         calls = {}
         for way, spec in ways(load_codec(name)).items():
             store = LayerStore(spec, SHAPE, 128, *_codecs(spec))
-            store.append(k, v)
-            calls[way] = lambda store=store: attend_store(
-                q, k[:, :, :1], v[:, :, :1], store, tokens, free, free, scores
+            for count in (tokens, BLOCK, 1):
+                store.append(k[:, :, :count], v[:, :, :count])
+            calls[way] = partial(
+                attend_store,
+                q,
+                k[:, :, :1],
+                v[:, :, :1],
+                store,
+                store.length - 1,
+                Open(),
+                still,
+                scores,
             )
         rows += _rows(name, turns(calls, repeats))
     log.table(f"one query at {tokens} tokens, n = {repeats}", COLUMNS, rows)

@@ -171,11 +171,8 @@ def test_tile_order_is_an_order_alone(bits):
 def test_what_is_not_finite_is_refused(bad, bits):
     x = sample()
     x[0, 1, 70, 5] = bad
-    codec = Codec(
-        TensorCodec(Uniform(4), None, LowRank(2, bits=bits)), H, D, torch.float16, {}, "k", 64
-    )
     with pytest.raises(ValueError, match="keys and values must be finite, got NaN or infinity"):
-        codec.encode(x)
+        fit_low_rank(x, Factors(64, 3, bits or 0, torch.float16), 2)
 
 
 def test_ranks_and_lengths_that_do_not_fit_are_refused():

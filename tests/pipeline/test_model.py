@@ -22,8 +22,10 @@ from transformers import (
     dynamic_module_utils,
 )
 
+from kvsmith.hf import make_cache
 from kvsmith.pipeline import model as model_module
 from kvsmith.pipeline import model_source
+from kvsmith.pipeline.codecs import load_codec
 from kvsmith.pipeline.config import repository_root
 from kvsmith.pipeline.model import (
     ModelConfig,
@@ -35,6 +37,7 @@ from kvsmith.pipeline.model import (
     model_device,
 )
 from kvsmith.pipeline.training.tokenizer import train_tokenizer
+from kvsmith.spec import CacheSpec
 from tests.micro_model import write_model
 
 
@@ -219,6 +222,26 @@ def test_weights_in_few_bits(bits: Any, tiny_model_dir: Path) -> None:
         logp = [m(ids).logits[0].log_softmax(-1) for m in (model, plain)]
         gap = F.kl_div(*logp, log_target=True, reduction="batchmean")
     assert 0 < gap < 0.1
+
+
+def test_gear_over_weights_of_8_bits(tiny_model_dir: Path) -> None:
+    """Diverges from the same weights' own full precision as little as over weights of 32 bits."""
+    pytest.importorskip("bitsandbytes")
+    gaps = []
+    for bits in (None, 8):
+        model, tokenizer = load_model(_cfg(tiny_model_dir, weight_bits=bits))
+        text = (repository_root() / "README.md").read_text()[:1000]
+        ids = tokenizer(text, return_tensors="pt").input_ids[:, :192]
+        cache = make_cache(model, CacheSpec(load_codec("gear_q4")))
+        options: dict[str, Any] = {"do_sample": False, "max_new_tokens": 72, "min_new_tokens": 72}
+        made = model.generate(
+            ids, past_key_values=cache, output_logits=True, return_dict_in_generate=True, **options
+        )
+        with torch.no_grad():
+            want = model(made.sequences[:, :-1]).logits[0, 191:].log_softmax(-1)
+        got = torch.cat(made.logits).log_softmax(-1)
+        gaps.append(F.kl_div(got, want, log_target=True, reduction="batchmean").item())
+    assert len(got) == 72 and 0 < gaps[1] < 3 * gaps[0] < 0.03
 
 
 def test_nothing_but_results_is_said(saved: Path, capfd: pytest.CaptureFixture[str]) -> None:

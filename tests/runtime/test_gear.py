@@ -224,3 +224,21 @@ def test_presets_compose_with_a_small_model(micro_llama):
 
 def expected_parameters(spec):
     return parameter_tensors(spec.k, 2, 16) | parameter_tensors(spec.v, 2, 16)
+
+
+@pytest.mark.parametrize("name", ["gear2", "gear_o4", "kivi2_g64"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_refused_by_its_layer(name, bad, micro_llama):
+    """Whatever the codec, in the prompt or a block later."""
+    spec = CacheSpec(load_codec(name))
+    model, ids = micro_llama(layers=1, head_dim=64), torch.randint(3, 97, (1, 200))
+    embedding = model.get_input_embeddings().weight
+    with torch.no_grad():
+        embedding[5] = bad
+    ids[ids == 5] = 6
+    model(ids[:, :130], past_key_values=(cache := make_cache(model, spec)))
+    ids[0, [20, 140]] = 5
+    with pytest.raises(ValueError, match=r"^layers\.0\.k: keys and values must be finite, got NaN"):
+        model(ids[:, 130:], past_key_values=cache)
+    with pytest.raises(ValueError, match=r"^layers\.0\.k: keys and values must be finite, got NaN"):
+        model.generate(ids, past_key_values=make_cache(model, spec), max_new_tokens=2)
