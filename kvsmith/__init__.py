@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from kvsmith.hf import KVCache
     from kvsmith.hf.compress import Compression
-    from kvsmith.planner import Plan
+    from kvsmith.plans import Plan
 
 __all__ = [
     "Bundle",
@@ -131,7 +131,8 @@ def plan(
     """
     from kvsmith.devices import device_by_name
     from kvsmith.hf.shapes import find_config, model_facts
-    from kvsmith.planner import Load, make_plan
+    from kvsmith.planner import make_plan
+    from kvsmith.plans import Load
     from kvsmith.units import parse_count
 
     where = device_by_name(device)

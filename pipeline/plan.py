@@ -18,7 +18,8 @@ from kvsmith.pipeline.log import LoggerConfig, NoLogger, Run
 from kvsmith.pipeline.model import DTYPES, ModelConfig, load_config
 from kvsmith.pipeline.report.capacity import plot_plan
 from kvsmith.pipeline.stage import write_json
-from kvsmith.planner import PREFILL, RESERVE, Load, Option, Plan, make_plan
+from kvsmith.planner import make_plan
+from kvsmith.plans import PREFILL, RESERVE, Load, Option, Plan
 from kvsmith.units import parse_count, show_bytes, show_count
 
 COLUMNS = (

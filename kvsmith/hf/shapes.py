@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from kvsmith.errors import explain
 from kvsmith.geometry import ModelGeometry
 from kvsmith.hf.geometry import geometry
-from kvsmith.planner import ModelFacts
+from kvsmith.plans import ModelFacts
 
 _LLAMA3 = {"vocab_size": 128256, "num_key_value_heads": 8, "max_position_embeddings": 8192}
 _LLAMA3_8B = {**_LLAMA3, "hidden_size": 4096, "intermediate_size": 14336}

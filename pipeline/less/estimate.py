@@ -13,7 +13,7 @@ from kvsmith.layout import evicting_layers
 from kvsmith.less.spec import less_tensors
 from kvsmith.pipeline.less.joint import PART
 from kvsmith.pipeline.less.options import LessTraining
-from kvsmith.planner import ModelFacts
+from kvsmith.plans import ModelFacts
 from kvsmith.spec import CacheSpec
 
 FLOPS = 2e14  # of a GPU with 16-bit weights, a fifth to a half of its peak

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from kvsmith.pipeline.report.style import GRID, INK, frame, pyplot, save
-from kvsmith.planner import Option, Plan, held
+from kvsmith.planner import held
+from kvsmith.plans import Option, Plan
 from kvsmith.units import show_bytes, show_count
 
 POINTS = 60

@@ -11,7 +11,8 @@ import torch
 from kvsmith.eviction.policy import H2O, Eviction, KeepAll, Lambda
 from kvsmith.hf import make_cache, share
 from kvsmith.hf.shapes import model_facts
-from kvsmith.planner import Load, parts
+from kvsmith.planner import parts
+from kvsmith.plans import Load
 from kvsmith.spec import CacheSpec, CodecSpec, TensorCodec, TopK, Uniform
 from tests.placed import Devices, Placed, spread
 

@@ -9,7 +9,8 @@ from kvsmith.devices import DEVICES, device_by_name
 from kvsmith.geometry import LayerGeometry, ModelGeometry
 from kvsmith.hf import make_cache
 from kvsmith.hf.shapes import SHAPES, find_config, model_facts, shape_config
-from kvsmith.planner import Load, held, make_plan, parts, share
+from kvsmith.planner import held, make_plan, parts, share
+from kvsmith.plans import Load
 from kvsmith.spec import NUQ, CacheSpec, CodecSpec, Identity, TensorCodec, TopK, Uniform
 from kvsmith.spread import part_of, spread
 from kvsmith.units import parse_bytes, parse_count, show_bytes, show_count
