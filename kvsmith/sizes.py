@@ -89,11 +89,9 @@ def held_pages(codec: CodecSpec, page: int, tokens: int, window: int | None) -> 
         window: tokens a query can see back, None for all. Pages that no query can see are freed,
             but for one; where tokens come one by one, that happens a token later.
     """
-    pages = -(-encoded_tokens(codec, tokens) // page)
-    if window is None:
-        return pages
-    passed = (tokens - window - codec.sinks) // page - 1
-    return pages - min(max(passed, 0), pages)
+    encoded = encoded_tokens(codec, tokens)
+    passed = 0 if window is None else (tokens - window - codec.sinks) // page - 1
+    return -(-encoded // page) - min(max(passed, 0), encoded // page)
 
 
 def cache_bytes(

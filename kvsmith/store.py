@@ -228,7 +228,8 @@ class LayerStore:
         if self.geometry.window is None:
             return
         passed = (query - self.geometry.window - self.spec.sinks) // self.page_size - 1
-        count = min(max(passed - self.freed, 0), len(self.pages))
+        # A page that is not full is written to again.
+        count = max(min(passed, self.encoded // self.page_size) - self.freed, 0)
         if count:
             del self.pages[:count]
             self.freed += count

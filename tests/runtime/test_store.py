@@ -8,7 +8,7 @@ import torch
 from kvsmith.codec import Codec
 from kvsmith.geometry import LayerGeometry, ModelGeometry
 from kvsmith.layout import DTYPES
-from kvsmith.sizes import cache_bytes
+from kvsmith.sizes import cache_bytes, held_pages
 from kvsmith.spec import NUQ, CacheSpec, CodecSpec, Identity, TensorCodec, TopK, Uniform
 from kvsmith.store import LayerStore
 
@@ -156,6 +156,18 @@ def test_a_sliding_window_frees_pages():
     store.crop(195)
     with pytest.raises(ValueError, match="inside the sliding window"):
         store.crop(20)
+
+
+@pytest.mark.parametrize("step", [1, 13, 200])
+def test_a_sliding_window_shorter_than_the_dense_one(step):
+    """All full pages are passed; the one that is being filled stays."""
+    store, _ = make("nuq", recent=60, window=4)
+    k, v = tokens(250)
+    fill(store, k, v, [min(step, 250 - at) for at in range(0, 250, step)])
+    assert store.encoded == 184 and len(store.pages) == 1 == held_pages(store.spec, 16, 250, 4)
+    got = read(store)
+    # Sinks, half a page, what is dense.
+    assert got[0].shape[2] == 3 + 8 + 63 and torch.equal(got[1][:, :, -63:], v[:, :, -63:])
 
 
 def test_other_shapes_are_refused():
