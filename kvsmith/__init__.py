@@ -167,7 +167,8 @@ def fit(
         bytes: of the whole cache of one row at `context`, as a number or like "20GiB".
         context: tokens, as a number or like "200k".
         tokenizer: of the model; None loads it from where the model came from.
-        options: `widths`, `fractions`, `ranks`, ... of `kvsmith.pipeline.budget.BudgetOptions`.
+        options: `widths`, `fractions`, `ranks`, `recents`, `trained`, ... of
+            `kvsmith.pipeline.budget.BudgetOptions`.
 
     Returns:
         A bundle for the model; the same model and text give the same bundle.
