@@ -87,6 +87,7 @@ class Resources:
             registers spilled (scalar registers spill into lanes of vector registers, not memory).
         shared: bytes of shared memory (LDS) a program.
         limit: bytes of it that the device offers.
+        loop: CUDA: machine instructions of the first outermost loop; 0 without one.
     """
 
     op: str
@@ -96,6 +97,7 @@ class Resources:
     spills: int
     shared: int
     limit: int
+    loop: int = 0
 
     @property
     def fault(self) -> str:
@@ -160,41 +162,63 @@ def compile_variant(variant: Variant, target: Target) -> Resources:
         options={"num_warps": variant.num_warps, "num_stages": variant.num_stages},
     )
     read = _read_cubin if target.backend == "cuda" else _read_amdgcn
-    registers, spills, static = read(binary.asm)
-    shared = max(static, binary.metadata.shared)
-    return Resources(
-        variant.op, variant.name, target.name, registers, spills, shared, target.shared_limit
-    )
+    registers, spills, static, loop = read(binary.asm)
+    shared, limit = max(static, binary.metadata.shared), target.shared_limit
+    return Resources(variant.op, variant.name, target.name, registers, spills, shared, limit, loop)
 
 
-def _read_cubin(asm: Mapping[str, Any]) -> tuple[int, int, int]:
-    """(registers, bytes of stack and local memory, static shared bytes)."""
+def _read_cubin(asm: Mapping[str, Any]) -> tuple[int, int, int, int]:
+    """(registers, bytes of stack and local memory, static shared bytes, `Resources.loop`)."""
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(asm["cubin"])
         file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        text, code = (
+            subprocess.run(
+                [knobs.nvidia.cuobjdump.path, flag, file.name],
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout
+            for flag in ("-res-usage", "-sass")
+        )
     used = {
         name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", text)
     }
-    return used["REG"], used["STACK"] + used["LOCAL"], used["SHARED"]
+    return used["REG"], used["STACK"] + used["LOCAL"], used["SHARED"], _first_loop(code)
 
 
-def _read_amdgcn(asm: Mapping[str, Any]) -> tuple[int, int, int]:
-    """(vector registers, scratch bytes and spilled vector registers, static LDS bytes)."""
+def _first_loop(code: str) -> int:
+    """Instructions between the target of a backward branch and the branch, of the outermost loop
+    that begins first.
+    """
+    lines = re.findall(r"/\*([0-9a-f]{4,})\*/ +(.*?) *;", code)
+    places = [int(place, 16) for place, _ in lines]
+    loops = []
+    for place, (_, text) in zip(places, lines, strict=True):
+        target = re.search(r"\bBRA\b.* 0x([0-9a-f]+)$", text)
+        if target and int(target[1], 16) < place:
+            loops.append((int(target[1], 16), place))
+    if not loops:
+        return 0
+    first = min(loops, key=lambda loop: (loop[0], -loop[1]))
+    return sum(first[0] <= place <= first[1] for place in places)
+
+
+def _read_amdgcn(asm: Mapping[str, Any]) -> tuple[int, int, int, int]:
+    """(vector registers, scratch bytes and spilled vector registers, static LDS bytes, 0)."""
     used = {
         name: int(value)
         for name, value in re.findall(r"^\s+\.(\w+):\s+(\d+)$", asm["amdgcn"], re.MULTILINE)
     }
     spills = used["private_segment_fixed_size"] + used["vgpr_spill_count"]
-    return used["vgpr_count"], spills, used["group_segment_fixed_size"]
+    return used["vgpr_count"], spills, used["group_segment_fixed_size"], 0
 
 
 def table(rows: Sequence[Resources]) -> str:
     """The rows as text, faults last in their line."""
-    head = ("op", "variant", "target", "registers", "spills", "shared", "limit", "")
+    head = ("op", "variant", "target", "registers", "spills", "shared", "limit", "loop", "")
     lines = [head] + [
         (
             r.op,
@@ -204,6 +228,7 @@ def table(rows: Sequence[Resources]) -> str:
             str(r.spills),
             str(r.shared),
             str(r.limit),
+            str(r.loop),
             r.fault,
         )
         for r in rows
@@ -211,7 +236,7 @@ def table(rows: Sequence[Resources]) -> str:
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     return "\n".join(
         "  ".join(
-            cell.ljust(w) if i < 3 or i == 7 else cell.rjust(w)
+            cell.ljust(w) if i < 3 or i == 8 else cell.rjust(w)
             for i, (cell, w) in enumerate(zip(line, widths, strict=True))
         ).rstrip()
         for line in lines

@@ -1,7 +1,8 @@
 """Device functions of attention: online softmax, what shapes logits, tiles of dense tokens; and the
 kernel that merges partials.
 
-Tiles come as two halves of channels, as in `decode/triton.py`.
+Logits are [tokens, queries]: tokens and channels fill the rows of tensor cores, where the few
+queries of a decoding step would leave most of them empty. Tiles as in `decode/triton.py`.
 """
 
 from __future__ import annotations
@@ -48,62 +49,44 @@ def turn(position, turns):
 
 
 @triton.jit
-def softmax_step(m_old, l_old, acc1, acc2, zeros, logits, m_seen):
-    """Online softmax: weights of a tile, and what was there rescaled. Logits are in base 2."""
+def softmax_step(m_old, total, logits, m_seen):
+    """Online softmax of a tile [T, M] in base 2.
+
+    Returns the new maximum [M], the new total, the factor on what was summed before, and weights.
+    """
     logits = tl.where(m_seen, logits, float("-inf"))
-    m_new = tl.maximum(m_old, tl.max(logits, 1))
+    m_new = tl.maximum(m_old, tl.max(logits, 0))
     anchor = tl.where(m_new == float("-inf"), 0.0, m_new)
-    p = tl.exp2(logits - anchor[:, None])
+    p = tl.exp2(logits - anchor[None, :])
     fade = tl.exp2(m_old - anchor)
-    acc1 *= fade[:, None]
-    acc2 *= fade[:, None]
-    return m_new, l_old * fade + tl.sum(p, 1), acc1, acc2, zeros * fade, p
+    return m_new, total * fade + tl.sum(p, 0), fade, p
 
 
 @triton.jit
 def shape_logits(logits, i_column, q_column, slope, CAP, WINDOW, HAS_CAP: tl.constexpr):
-    """Soft-cap, ALiBi, base 2; and which columns a query sees."""
+    """Soft-cap, ALiBi, base 2 of logits [T, M]; and which columns a query sees."""
     if HAS_CAP:
         logits = CAP * (2.0 * tl.sigmoid(2.0 * logits / CAP) - 1.0)
-    distance = q_column[:, None] - i_column[None, :]
-    logits -= slope[:, None] * distance.to(tl.float32)
+    distance = q_column[None, :] - i_column[:, None]
+    logits -= slope[None, :] * distance.to(tl.float32)
     m_seen = (distance >= 0) & (distance < WINDOW)
     return logits * LOG2E, m_seen
 
 
 @triton.jit
 def dense_tiles(
-    q1,
-    q2,
-    m,
-    total,
-    acc1,
-    acc2,
-    p_k,
-    p_v,
-    p_at,
-    p_turns,
-    slot,
-    m_slot,
-    i_column,
-    q_column,
-    slope,
-    rope_scale,
-    cap,
-    window,
-    T: tl.constexpr,
-    D: tl.constexpr,
-    HALF: tl.constexpr,
-    DV: tl.constexpr,
-    HALF_V: tl.constexpr,
-    ROPE: tl.constexpr,
-    HAS_CAP: tl.constexpr,
+    q1, q2, m, total, acc, p_k, p_v, p_at, p_turns, k_channel, v_channel, slot, m_slot, i_column,
+    q_column, slope, rope_scale, cap, window,
+    D: tl.constexpr, DV: tl.constexpr, ROPE: tl.constexpr, HAS_CAP: tl.constexpr,
     WIDE: tl.constexpr,
-):
-    """Attend to T tokens of a dense window, keys before RoPE and at any positions."""
-    low, low_v = tl.arange(0, HALF), tl.arange(0, HALF_V)
-    m_k = m_slot[:, None] & (low < D // 2)[None, :]
-    p_row = p_k + slot[:, None] * D + low[None, :]
+):  # fmt: skip
+    """Attend to T tokens of a dense window, keys before RoPE and at any positions.
+
+    q1, q2 [HALF, M] are halves of the queries with channels `k_channel` and those D / 2 above;
+    rows of acc [2 HALF, M] have channels `v_channel`.
+    """
+    m_k = m_slot[:, None] & (k_channel < D // 2)[None, :]
+    p_row = p_k + slot[:, None] * D + k_channel[None, :]
     k1 = tl.load(p_row, mask=m_k, other=0.0)
     k2 = tl.load(p_row + D // 2, mask=m_k, other=0.0)
     dtype = k1.dtype
@@ -111,30 +94,27 @@ def dense_tiles(
         # Positions count from the tile's first; only that one is turned in float64.
         origin = tl.load(p_at + tl.min(slot, 0))
         away = (tl.load(p_at + slot, mask=m_slot, other=0) - origin).to(tl.float32)
-        exact = tl.load(p_turns + low, mask=low < D // 2, other=0.0)
+        exact = tl.load(p_turns + k_channel, mask=k_channel < D // 2, other=0.0)
         start = origin.to(tl.float64) * exact
         start = (start - tl.floor(start)).to(tl.float32)
         c, s = cos_sin(start[None, :] + away[:, None] * exact.to(tl.float32)[None, :])
         x1, x2 = k1.to(tl.float32), k2.to(tl.float32)
         k1, k2 = (x1 * c - x2 * s).to(dtype), (x2 * c + x1 * s).to(dtype)
+    logits = tl.dot(operand(k1, dtype, WIDE), operand(q1, dtype, WIDE), input_precision="ieee")
     logits = tl.dot(
-        operand(q1, dtype, WIDE), tl.trans(operand(k1, dtype, WIDE)), input_precision="ieee"
-    )
-    logits = tl.dot(
-        operand(q2, dtype, WIDE), tl.trans(operand(k2, dtype, WIDE)), logits, input_precision="ieee"
+        operand(k2, dtype, WIDE), operand(q2, dtype, WIDE), logits, input_precision="ieee"
     )
     if ROPE:
         logits *= rope_scale
     logits, m_seen = shape_logits(logits, i_column, q_column, slope, cap, window, HAS_CAP)
-    m_seen = m_seen & m_slot[None, :]
-    m, total, acc1, acc2, zeros, p = softmax_step(m, total, acc1, acc2, total, logits, m_seen)
-    m_v = m_slot[:, None] & (low_v < DV // 2)[None, :]
-    p_row = p_v + slot[:, None] * DV + low_v[None, :]
-    v1 = tl.load(p_row, mask=m_v, other=0.0)
-    v2 = tl.load(p_row + DV // 2, mask=m_v, other=0.0)
-    acc1 = tl.dot(operand(p, dtype, WIDE), operand(v1, dtype, WIDE), acc1, input_precision="ieee")
-    acc2 = tl.dot(operand(p, dtype, WIDE), operand(v2, dtype, WIDE), acc2, input_precision="ieee")
-    return m, total, acc1, acc2
+    m, total, fade, p = softmax_step(m, total, logits, m_seen & m_slot[:, None])
+    m_v = m_slot[None, :] & (v_channel < DV)[:, None]
+    v = tl.load(p_v + slot[None, :] * DV + v_channel[:, None], mask=m_v, other=0.0)
+    acc = tl.dot(
+        operand(v, dtype, WIDE), operand(p, dtype, WIDE), acc * fade[None, :],
+        input_precision="ieee",
+    )  # fmt: skip
+    return m, total, acc
 
 
 @triton.jit

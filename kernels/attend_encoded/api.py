@@ -222,21 +222,17 @@ def unsupported(body: Body, shape: Sequence[int], impl: Impl = "triton") -> str 
     return None
 
 
-def tile_tokens(body: Body, backend: str = "cuda") -> int | None:
-    """Tokens that the kernel reads at once: a power of two that pages, blocks and groups allow, the
-    largest that needs no more registers than there are.
+def tile_tokens(body: Body, wanted: int = 16) -> int | None:
+    """Tokens that a kernel reads at once.
 
     Args:
         body: the layer.
-        backend: "cuda", "hip" or "cpu".
+        wanted: tokens where pages, blocks and groups allow that; 16 are the rows of a tensor core.
+
+    Returns:
+        The power of two from 16 to 128 that is closest and fits; None where none does.
     """
-    dim, bits = max(body.k.dim, body.v.dim), max(body.k.format.bits, body.v.format.bits)
-    if backend != "cuda" or dim > 128:
-        most = 16
-    else:
-        most = 32 if bits == 3 or dim & (dim - 1) else 64
-    order = [t for t in (64, 32, 16) if t <= most] + [t for t in (16, 32, 64, 128) if t > most]
-    for tokens in order:
+    for tokens in sorted((16, 32, 64, 128), key=lambda n: abs(n - wanted)):
         fits = body.page_size % tokens == 0
         for fmt in (body.k.format, body.v.format):
             # Corrections are found by block, a channel's range by group.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -14,8 +15,10 @@ from kvsmith.kernels.partial import Partial
 CORRECTIONS = 32
 # Tensors of a page.
 PARTS = ("codes", "scale", "zero", "index", "value", "start", "left", "right", "factor_scale")
-# Programs that share a row and head at most, and tiles that are worth a program.
-MAX_SPLITS, TILES_EACH = 128, 8
+# Columns are counted in 32 bits.
+MAX_COLUMN = (1 << 31) - 1
+# Programs that share a row and head at most, and tokens that are worth a program.
+MAX_SPLITS, TOKENS_EACH = 256, 512
 
 
 def attend_encoded(
@@ -68,9 +71,7 @@ def _launch(
     B, Hq, T_NEW, _ = q.shape
     H, DV = body.heads, body.v.dim
     R, device = Hq // H * T_NEW, q.device
-    tokens = tile_tokens(body, backend())
-    assert tokens is not None
-    splits = count_splits(body.stop - body.begin, tokens, B * H, device)
+    splits = count_splits(body.stop - body.begin, B * H, device)
     zeros = torch.zeros(max(B, Hq), dtype=torch.float32, device=device)
     none = torch.zeros(B, dtype=torch.int64, device=device)
     start = none if first is None else first
@@ -104,13 +105,14 @@ def _launch(
         logits.scale,
         1.0 if rope is None else rope.scale,
         logits.softcap or 0.0,
-        logits.window if logits.window is not None else 1 << 62,
+        MAX_COLUMN if logits.window is None else min(logits.window, MAX_COLUMN),
         body.pages[0].sides[0]["codes"].stride(0) if body.pages else 0,
         int(at[0].dim() == 2 and len(at[0]) > 1),
         splits,
-        **constants(body, R, T_NEW, (sinks.k.shape[2], recent.k.shape[2]), rope, logits, backend()),
+        **constants(body, q, (sinks.k.shape[2], recent.k.shape[2]), rope, logits, backend()),
         WIDE=kernels.interpreting() and q.dtype == torch.bfloat16,
-        **options(body, backend()),
+        SHUFFLES=_shuffles(device),
+        **options(body, R, backend()),
     )
     out = torch.empty((B, Hq, T_NEW, DV), dtype=torch.float32, device=device)
     lse = torch.empty((B, Hq, T_NEW), dtype=torch.float32, device=device)
@@ -127,15 +129,14 @@ def _positions(sinks: Window, recent: Window, none: torch.Tensor) -> tuple[torch
     return a.expand(rows, -1).contiguous(), b.expand(rows, -1).contiguous()
 
 
-def count_splits(tokens: int, tile: int, rows: int, device: torch.device) -> int:
+def count_splits(tokens: int, rows: int, device: torch.device) -> int:
     """Programs among which the tokens of a row and head are shared."""
     processors = 132
     if device.type == "cuda":
         processors = torch.cuda.get_device_properties(device).multi_processor_count
-    tiles = -(-tokens // tile)
-    # A program takes most of a processor's registers: two rounds even out their times.
-    wanted = -(-2 * processors // rows)
-    return max(1, min(wanted, -(-tiles // TILES_EACH), MAX_SPLITS))
+    # Eight programs of a warp fill a processor's registers.
+    wanted = -(-8 * processors // rows)
+    return max(1, min(wanted, -(-tokens // TOKENS_EACH), MAX_SPLITS))
 
 
 def page_table(body: Body, device: torch.device) -> torch.Tensor:
@@ -155,8 +156,7 @@ def _tables(side: Side) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 def constants(
     body: Body,
-    R: int,
-    T_NEW: int,
+    q: torch.Tensor,
     room: tuple[int, int],
     rope: Rope | None,
     logits: Logits,
@@ -166,27 +166,30 @@ def constants(
     from kvsmith.kernels.attend_encoded.triton import STORE
 
     fmt, D, DV = body.k.format, body.k.dim, body.v.dim
-    dense_factors = any(f is not None and not f.bits for f in (body.k.factors, body.v.factors))
+    T_NEW = q.shape[2]
+    R = q.shape[1] // body.heads * T_NEW
     out: dict[str, Any] = {
         "H": body.heads,
         "R": R,
         "T_NEW": T_NEW,
-        "M": max(16, power(R)),
-        "T": tile_tokens(body, backend),
+        "M": padded_rows(R, backend),
+        "T": _tile(body),
         "D": D,
         "HALF": max(16, power(D // 2)),
         "DV": DV,
         "HALF_V": max(16, power(DV // 2)),
         "PAGE": body.page_size,
         "BLOCK": fmt.block,
-        # Half where registers would spill.
-        "EC": CORRECTIONS // 2 if max(D, DV) > 128 or dense_factors else CORRECTIONS,
+        # Half where registers would spill; on AMD a gather needs the rows of a warp.
+        "EC": 64 if backend == "hip" else CORRECTIONS // (2 if max(D, DV) > 128 else 1),
         "SINKS": room[0],
         "ROOM": room[1],
         "PRECISION": "ieee" if backend == "hip" else "tf32",
         "ROPE": rope is not None,
         "HAS_CAP": logits.softcap is not None,
         "STORE": STORE[str(fmt.store)],
+        # Decoded tiles have the precision of halves; bfloat16 has less.
+        "F": STORE["torch.float32" if q.dtype == torch.float32 else "torch.float16"],
     }
     base = body.pages[0].sides[0]["codes"].data_ptr() if body.pages else 0
     for i, (name, side) in enumerate((("K", body.k), ("V", body.v))):
@@ -214,13 +217,55 @@ def backend() -> str:
     return "hip" if torch.version.hip else "cuda"
 
 
-def options(body: Body, backend: str) -> dict[str, int]:
+def _shuffles(device: torch.device) -> bool:
+    """Whether levels are looked up by shuffles: on CUDA, where that was seen to work."""
+    if backend() != "cuda" or device.type != "cuda":
+        return False
+    if torch.cuda.is_current_stream_capturing():
+        return True  # seen in the call before that warmed up
+    return shuffles_work(device)
+
+
+@lru_cache(maxsize=64)
+def shuffles_work(device: torch.device, SHUFFLES: bool = True) -> bool:
+    """Whether the lookup by shuffles, which no interpreter runs, gives the levels of a codebook."""
+    from kvsmith.kernels.decode.triton import lookup_kernel
+
+    numbers = torch.arange(32 * 16, device=device).view(32, 16)
+    for bits in (4, 3, 2, 1):
+        lut = torch.arange(1.0, 1 + 2**bits, device=device)
+        found = torch.zeros((32, 16), device=device)
+        lookup_kernel[(1,)](lut, found, BITS=bits, SHUFFLES=SHUFFLES, num_warps=1)
+        if not torch.equal(found, lut[numbers % 2**bits]):
+            return False
+    return True
+
+
+def _tile(body: Body) -> int:
+    """Tokens of a tile. Columns of a low-rank term are read once a tile, of a block at most."""
+    ranked = body.k.factors is not None or body.v.factors is not None
+    tokens = tile_tokens(body, min(64, body.k.format.block) if ranked else 16)
+    assert tokens is not None
+    return tokens
+
+
+def padded_rows(R: int, backend: str) -> int:
+    """Columns of logits for R queries: what a tensor core multiplies by at least."""
+    return max(8 if backend == "cuda" else 16, power(R))
+
+
+def options(body: Body, R: int, backend: str) -> dict[str, int]:
     """Warps and stages of a launch; not tuned on a GPU yet.
 
-    Chosen so that nothing spills when compiled ahead of time.
+    One warp a program where its registers hold the queries and tables: it waits for nobody.
     """
-    wide = max(body.k.dim, body.v.dim) > 64
-    return {"num_warps": 8 if backend == "cuda" and wide else 4, "num_stages": 2}
+    if backend == "hip":
+        return {"num_warps": 4, "num_stages": 2}
+    sides = (body.k, body.v)
+    least = max(padded_rows(R, backend), _tile(body) // 2) // 8
+    if any(x.dim & (x.dim - 1) or x.dim > 128 or x.format.bits not in (2, 3, 4) for x in sides):
+        least = max(least, 4)
+    return {"num_warps": min(least, 8), "num_stages": 1}
 
 
 def power(n: int) -> int:

@@ -156,7 +156,7 @@ def _body_partials(
         splits=splits,
         row_bytes=page["codes"].stride(0),
         page=body.page_size,
-        tile=tile_tokens(body, "cpu"),
+        tile=tile_tokens(body),
         block=body.k.format.block,
         begin=body.begin,
         stop=body.stop,

@@ -13,6 +13,7 @@ from kvsmith.kernels.attend_encoded.api import Body, Logits, Rope, Side
 from kvsmith.kernels.attend_encoded.launch import constants, options, power
 from kvsmith.kernels.format import Factors, Format, Tables
 
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # Query heads a KV head, head dim, dtype.
 SHAPES = (
     (4, 128, "bf16"),
@@ -94,7 +95,9 @@ def _variant(name: str, body: Body, group: int, dtype: str, backend: str, turned
     from kvsmith.kernels.attend_encoded.triton import attend_kernel
 
     rope = Rope(torch.zeros(1), 1.0, torch.zeros(1)) if turned else None
-    constant = constants(body, group, 1, (4, 32), rope, Logits(1.0), backend) | {"WIDE": False}
+    q = torch.zeros((1, 8 * group, 1, 1), dtype=DTYPES[dtype])
+    constant = constants(body, q, (4, 32), rope, Logits(1.0), backend)
+    constant |= {"WIDE": False, "SHUFFLES": backend == "cuda"}
     kinds = {
         "p_q": dtype,
         "p_out": "fp32",
@@ -118,7 +121,7 @@ def _variant(name: str, body: Body, group: int, dtype: str, backend: str, turned
         elif arg in ("scale", "rope_scale", "cap"):
             signature[arg] = "fp32"
         elif arg not in constant:
-            signature[arg] = "i64" if arg in ("window", "row_bytes") else "i32"
+            signature[arg] = "i64:16" if arg == "page_row" else "i32"
     return Variant(
         "attend_encoded",
         f"{name} {dtype}",
@@ -126,5 +129,5 @@ def _variant(name: str, body: Body, group: int, dtype: str, backend: str, turned
         signature,
         constant,
         backend=backend,
-        **options(body, backend),
+        **options(body, group, backend),
     )

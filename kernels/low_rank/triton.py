@@ -37,45 +37,46 @@ def _scale(p_base, row, OFFSET: tl.constexpr, BITS: tl.constexpr, STORE: tl.cons
 
 @triton.jit
 def add_logits(
-    logits, q1, q2, p_base, i_h, i_t, tile,
+    logits, q1, q2, channel, p_base, i_h, i_t, tile,
     RANK: tl.constexpr, BITS: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     SCALE: tl.constexpr, BLOCK: tl.constexpr, PAGE: tl.constexpr, T: tl.constexpr,
-    D: tl.constexpr, HALF: tl.constexpr, STORE: tl.constexpr,
+    D: tl.constexpr, STORE: tl.constexpr,
 ):  # fmt: skip
-    """logits [M, T] + (q B) A^T for page tokens i_t + `tile`, q in halves [M, HALF]."""
-    low = tl.arange(0, HALF)
+    """logits [T, M] + A (q B)^T for page tokens i_t + `tile`, q in halves [HALF, M] with channels
+    `channel` and those D / 2 above.
+    """
+    inside = channel < D // 2
     for i in tl.static_range((T + BLOCK - 1) // BLOCK):
         o_t = i_t % BLOCK + tile - i * BLOCK
         m_t = (o_t >= 0) & (o_t < BLOCK)
         first = (i_h * (PAGE // BLOCK) + i_t // BLOCK + i) * RANK
         for r in range(RANK):
             left = _elements(p_base, first + r, o_t, m_t, LEFT, BLOCK, BITS, STORE)
-            one = _elements(p_base, first + r, low, low < D // 2, RIGHT, D, BITS, STORE)
-            two = _elements(p_base, first + r, low + D // 2, low < D // 2, RIGHT, D, BITS, STORE)
-            inner = tl.sum(q1 * one[None, :] + q2 * two[None, :], 1)
+            one = _elements(p_base, first + r, channel, inside, RIGHT, D, BITS, STORE)
+            two = _elements(p_base, first + r, channel + D // 2, inside, RIGHT, D, BITS, STORE)
+            inner = tl.sum(q1 * one[:, None] + q2 * two[:, None], 0)
             inner *= _scale(p_base, first + r, SCALE, BITS, STORE)
-            logits += inner[:, None] * left[None, :]
+            logits += left[:, None] * inner[None, :]
     return logits
 
 
 @triton.jit
 def add_values(
-    acc1, acc2, p, p_base, i_h, i_t, tile,
+    acc, p, channel, p_base, i_h, i_t, tile,
     RANK: tl.constexpr, BITS: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     SCALE: tl.constexpr, BLOCK: tl.constexpr, PAGE: tl.constexpr, T: tl.constexpr,
-    D: tl.constexpr, HALF: tl.constexpr, STORE: tl.constexpr,
+    D: tl.constexpr, STORE: tl.constexpr,
 ):  # fmt: skip
-    """(acc1, acc2) [M, HALF] + (p A) B^T for weights p [M, T] of page tokens i_t + `tile`."""
-    low = tl.arange(0, HALF)
+    """acc [rows, M] with channels `channel` + B (A^T p) for weights p [T, M] of page tokens i_t +
+    `tile`.
+    """
     for i in tl.static_range((T + BLOCK - 1) // BLOCK):
         o_t = i_t % BLOCK + tile - i * BLOCK
         m_t = (o_t >= 0) & (o_t < BLOCK)
         first = (i_h * (PAGE // BLOCK) + i_t // BLOCK + i) * RANK
         for r in range(RANK):
             left = _elements(p_base, first + r, o_t, m_t, LEFT, BLOCK, BITS, STORE)
-            one = _elements(p_base, first + r, low, low < D // 2, RIGHT, D, BITS, STORE)
-            two = _elements(p_base, first + r, low + D // 2, low < D // 2, RIGHT, D, BITS, STORE)
-            inner = tl.sum(p * left[None, :], 1) * _scale(p_base, first + r, SCALE, BITS, STORE)
-            acc1 += inner[:, None] * one[None, :]
-            acc2 += inner[:, None] * two[None, :]
-    return acc1, acc2
+            right = _elements(p_base, first + r, channel, channel < D, RIGHT, D, BITS, STORE)
+            inner = tl.sum(p * left[:, None], 0) * _scale(p_base, first + r, SCALE, BITS, STORE)
+            acc += right[:, None] * inner[None, :]
+    return acc

@@ -14,7 +14,7 @@ from tests.conftest import ROOT
 def _run(*command):
     """A process of its own: what the interpreter runs cannot be compiled."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    run = [sys.executable, "-m", *command]
+    run = [sys.executable, *(["-c"] if " " in command[0] else ["-m"]), *command]
     return subprocess.run(run, cwd=ROOT, env=env, capture_output=True, text=True, timeout=500)
 
 
@@ -52,3 +52,20 @@ def test_a_covering_quarter_of_the_kernels_compiles(tmp_path):
     rows = json.loads((tmp_path / "aot.json").read_text())
     assert {r["target"] for r in rows} == {t.name for t in TARGETS}
     assert not [r for r in rows if r["fault"]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [4, 2])
+def test_decoding_takes_few_instructions(bits):
+    """A thread's share of an element of K or V at Llama-3-8B's heads; each more costs 8 us a
+    layer at 128K tokens on an H200.
+    """
+    done = _run(
+        "from kvsmith.kernels.attend_encoded.triton import variants;"
+        "from kvsmith.kernels.aot import TARGETS, compile_variant;"
+        f"v = next(v for v in variants() if v.name == 'nuq {bits} bit, 4 x 128 bf16');"
+        "t = next(t for t in TARGETS if t.name == 'sm_90');"
+        "print(compile_variant(v, t).loop * 32 * v.num_warps / (v.constexprs['T'] * 256))"
+    )
+    assert done.returncode == 0, done.stderr
+    assert 4 < float(done.stdout) < 7.5

@@ -6,6 +6,7 @@ import torch
 from kvsmith.kernels.attend_encoded import launch
 from kvsmith.kernels.attend_encoded.api import attend_encoded, unsupported
 from kvsmith.kernels.attend_encoded.reference import decode_body
+from kvsmith.kernels.decode import triton
 from kvsmith.kernels.partial import Partial
 from tests.kernels.counting import counted_bytes
 from tests.kernels.encoded_layers import Layer, logits, make_layer
@@ -42,6 +43,8 @@ CASES = [
     ("nuq", 2, 257, 1, {"offset": 100_000}),
     ("nuq", 3, 257, 2, {"padding": [0, 30]}),
     ("nuq", 4, 257, 8, {"heads": 1, "dim": 128}),
+    ("nuq", 3, 100, 4, {"heads": 1, "dim": 128}),
+    ("nuq", 2, 100, 4, {"heads": 1, "dim": 128}),
     ("nuq", 4, 63, 4, {"dim": 80, "v_dim": 64}),
     ("nuq", 3, 100, 2, {"dim": 96}),
     ("nuq", 2, 100, 2, {"dim": 256, "heads": 1}),
@@ -55,6 +58,7 @@ CASES = [
     ("uniform", 7, 100, 2, {}),
     ("grouped", 4, 257, 2, {"block": 32}),
     ("grouped", 2, 257, 1, {"block": 32, "dim": 128, "heads": 1}),
+    ("grouped", 3, 63, 1, {"block": 32, "dim": 128, "heads": 1}),
     ("channels", 8, 257, 2, {"padding": [5, 0]}),
     ("uniform", 4, 257, 2, {"rope": False, "turned": (True, True), "padding": [0, 30]}),
     ("nuq", 4, 100, 2, {"turned": (False, True)}),
@@ -145,8 +149,8 @@ def test_rotated_keys_in_low_precision(dtype):
     ],
 )
 def test_bytes_named_are_those_stored(codec, bits, given):
-    """At 128K tokens of 8 heads, from what more tokens and more programs add."""
-    q, tokens = torch.randn(1, 32, 1, 128).half(), 128 * 1024
+    """At 512K tokens of 8 heads, from what more tokens and more programs add."""
+    q, tokens = torch.randn(1, 32, 1, 128).half(), 512 * 1024
 
     def named(length: int, splits: int) -> int:
         shape = {"heads": 8, "dim": 128, "batch": 1, "page": 128, **given}
@@ -161,8 +165,21 @@ def test_bytes_named_are_those_stored(codec, bits, given):
     program = named(20 + 64, 2) - base
     page = make_layer(codec, bits, 148, heads=8, dim=128, batch=1, page=128, **given).body.pages[0]
     stored = sum(t.nbytes for side in page.sides for t in side.values()) / 128
-    splits = launch.count_splits(tokens, 64, 8, q.device)
+    splits = launch.count_splits(tokens, 8, q.device)
     assert 1 <= (each * tokens + splits * program) / (stored * tokens) <= 1.10
+
+
+def test_lookups_are_tried_before_they_are_trusted(monkeypatch):
+    """The interpreter runs the other lookup; one that gives something else is found out."""
+    tried = launch.shuffles_work.__wrapped__
+    assert tried(torch.device("cpu"), SHUFFLES=False)
+
+    class Silent:
+        def __getitem__(self, grid):
+            return lambda *args, **options: None
+
+    monkeypatch.setattr(triton, "lookup_kernel", Silent())
+    assert not tried(torch.device("cpu"), SHUFFLES=False)
 
 
 def test_what_the_kernel_cannot_read_is_said():
