@@ -168,6 +168,7 @@ def constants(
     fmt, D, DV = body.k.format, body.k.dim, body.v.dim
     T_NEW = q.shape[2]
     R = q.shape[1] // body.heads * T_NEW
+    light = max(D, DV) <= 128 and {fmt.bits, body.v.format.bits} <= {2, 4}
     out: dict[str, Any] = {
         "H": body.heads,
         "R": R,
@@ -181,7 +182,7 @@ def constants(
         "PAGE": body.page_size,
         "BLOCK": fmt.block,
         # Half where registers would spill; on AMD a gather needs the rows of a warp.
-        "EC": 64 if backend == "hip" else CORRECTIONS // (2 if max(D, DV) > 128 else 1),
+        "EC": 64 if backend == "hip" else CORRECTIONS // (1 if light else 2),
         "SINKS": room[0],
         "ROOM": room[1],
         "PRECISION": "ieee" if backend == "hip" else "tf32",
@@ -265,6 +266,8 @@ def options(body: Body, R: int, backend: str) -> dict[str, int]:
     least = max(padded_rows(R, backend), _tile(body) // 2) // 8
     if any(x.dim & (x.dim - 1) or x.dim > 128 or x.format.bits not in (2, 3, 4) for x in sides):
         least = max(least, 4)
+    if any(x.format.bits == 3 and x.format.slots for x in sides):
+        least = max(least, 2)
     return {"num_warps": min(least, 8), "num_stages": 1}
 
 

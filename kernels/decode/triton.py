@@ -129,7 +129,7 @@ def key_codes(
             more = tl.load(p_words + tl.max_contiguous(o, [2, 1, 4]), mask=seen, other=0)
             shift += low // 2 % WORDS // (WORDS // 2)
             more = key_spread(more, T, HALF, WORDS) >> shift[None, :]
-            words, upper = words & 3 | (more & 1) << 2, upper & 3 | (more & 16) >> 2
+            words, upper = words & 3 | more << 2 & 4, upper & 3 | more >> 2 & 4
         return words, upper
     seen = m_token[:, None] & (low < D // 2)[None, :]
     p_row = p_codes + o_token[:, None] * row_bytes(D, BITS)
@@ -165,7 +165,7 @@ def value_codes(
             o = tl.max_contiguous(o + WORDS + word % (WORDS // 2), [1, 1, 1, 2, 4])
             more = value_spread(tl.load(p_words + o, mask=seen, other=0), T, HALF, WORDS)
             shift += row % WORDS // (WORDS // 2)
-            words = words & 3 | (more >> shift[:, None] & 1) << 2
+            words = words & 3 | more >> shift[:, None] << 2 & 4
         return words
     channel, o_tile = value_channels(row, D, HALF, BITS)[:, None], tl.arange(0, T)[None, :]
     p_row = p_codes + (at + o_tile) * row_bytes(D, BITS)
