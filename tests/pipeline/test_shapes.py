@@ -51,8 +51,11 @@ def allocated(value: Any) -> int:
 
 
 def kernel_notes(cache: KVCache) -> int:
-    """Bytes of what kernels are told beside the tokens: addresses of pages, revolutions of RoPE."""
-    tables = [getattr(store, "_table", None) for store in cache.stores.values()]
+    """Bytes of what kernels are told beside the tokens: addresses of pages, revolutions of RoPE,
+    pairs of channels, which all caches of a process share.
+    """
+    stores = cache.stores.values()
+    tables = [(getattr(store, "_table", None), store.pairing) for store in stores]
     return allocated([tables, cache.positions.turns, list(cache.positions.regular)])
 
 
@@ -77,7 +80,7 @@ def test_calibrates_and_caches_and_counts_what_is_allocated(
         cache = make_cache(model, spec, parameters)
         size = footprint(model, cache, ids, shape.elements, 2, 3)
         notes = kernel_notes(cache)
-        assert notes <= 1024 * len(cache.stores) + 2048
+        assert notes <= 1024 * len(cache.stores) + 2048 + 16 * head_dim
         assert size.nbytes == cache.nbytes() == allocated(cache) - notes
         assert size.nbytes == cache_bytes(spec, shape, 1, 300, torch.float32).total
         assert size.bits_per_element == 8 * cache.nbytes() / (300 * 4 * kv_heads * head_dim)
