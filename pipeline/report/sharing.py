@@ -1,7 +1,8 @@
 """`python -m kvsmith.pipeline.report.sharing FOLDER...`: a sweep of pretrainings, by KV bytes.
 
-Runs differ in heads, map, learning rate and seed. Each kind is shown at its best learning rate, the
-one with the lowest mean perplexity over its seeds; kinds of equal bytes stand together.
+Runs differ in heads, map, learning rate and seed. Each kind is shown at its best learning rate: of
+those with the most seeds the one with the lowest mean perplexity. Kinds of equal bytes stand
+together.
 """
 
 from __future__ import annotations
@@ -91,7 +92,8 @@ def rows(models: Sequence[Trained]) -> list[tuple[object, ...]]:
         by_rate.setdefault(m.lr, []).append(m.perplexity)
     found = []
     for (tokens, size, kind), by_rate in kinds.items():
-        lr, best = min(by_rate.items(), key=lambda item: statistics.mean(item[1]))
+        # One lucky seed is no better rate than three that were tried.
+        lr, best = min(by_rate.items(), key=lambda item: (-len(item[1]), statistics.mean(item[1])))
         mean, spread = statistics.mean(best), statistics.stdev(best) if len(best) > 1 else None
         found.append((tokens, size, kind, lr, mean, spread, len(best), len(by_rate)))
     found.sort(key=lambda row: (row[0], -row[1], row[4]))

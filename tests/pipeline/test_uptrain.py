@@ -278,6 +278,12 @@ def test_from_scratch_and_its_report(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert sharing.main([str(text.parent / "nothing")]) == 1
 
 
+def test_a_rate_with_more_seeds_is_shown_before_a_lucky_one():
+    tried = [(5e-3, 15.0), (5e-3, 17.0), (1e-2, 15.5), (2e-2, 18.0), (2e-2, 19.0)]
+    models = [sharing.Trained(10, 64, 4, 2, 4, 4, lr, found) for lr, found in tried]
+    assert [row[3:] for row in sharing.rows(models)] == [(5e-3, "16.00", "1.41", 2, 3)]
+
+
 SETTINGS = [
     "uptrain.optim.tokens=512",
     "uptrain.optim.batch_tokens=128",
